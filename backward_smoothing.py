@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 
 import common
+from data import batches, load_data
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__file__, __doc__, epochs=100, attack_bn="eval")
+    parser = common.TrainingParser(__file__, __doc__, epochs=100, attack_bn="eval")
     add = parser.add_argument_group("options of Backward Smoothing").add_argument
     add("--gamma", type=common.number(float, 0), default=1.0, help="size of the output noise")
     add("--beta", type=common.number(float, 0), default=10.0, help="weight of the KL term")
@@ -88,7 +89,7 @@ def training_loss(model, x, y, args):
 
 
 def train(args):
-    data = common.load_data(args.dataset, args.data_dir, args.device, args.val_size)
+    data = load_data(args.dataset, args.data_dir, args.device, args.val_size)
     model = common.prepare_model(args, data)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)
@@ -97,7 +98,7 @@ def train(args):
     for epoch in range(run.epoch, args.epochs):
         run.start_epoch()
         total = torch.zeros((), device=args.device)
-        for step, (x, y) in enumerate(common.batches(data, args, epoch)):
+        for step, (x, y) in enumerate(batches(data, args, epoch)):
             lr = common.learning_rate(args, (epoch + step / run.steps) / args.epochs)
             optimizer.param_groups[0]["lr"] = lr
             # --- method ---

@@ -6,7 +6,6 @@ and steps in pixels of 255; `pixels` divides by 255, once.
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,6 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +22,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+
+from models import ACTIVATIONS, ARCHS, build_model
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
@@ -38,7 +38,9 @@ def main(parse_args, run):
     try:
         args = parse_args()
         if WORLD > 1:
-            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         return run(args)
     except UserError as error:
         message = error
@@ -78,6 +80,10 @@ def progress(what, total, done=0):
 
 # ---------------------------------------------------------------------------------------- options
 
+DATASETS = "cifar10, cifar100, svhn, stl10, tiny-imagenet, shapes"
+SHAPES_DEFAULTS = dict(arch="resnet10", width=16, epochs=5, batch_size=64, val_size=200)
+
+
 def number(kind, low, high=math.inf):
     """An argparse type: a finite int or float in [low, high]."""
     def parse(text):
@@ -98,13 +104,33 @@ def pixels(text):
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of every method; `script` is its __file__, `defaults` are its paper's."""
+    """Names itself after `script`, a __file__, and tells a bad option in one line."""
 
     class Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         pass
 
-    def __init__(self, script, doc, **defaults):
+    def __init__(self, script, doc):
         super().__init__(Path(script).name, description=doc, formatter_class=self.Format)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args(self, argv=None):
+        """As usual, with the device looked up, and paths that can be found again from anywhere."""
+        args = super().parse_args(argv)
+        for name in ("dataset", "data_dir"):
+            path = getattr(args, name)
+            if path and path not in DATASETS.split(", "):
+                setattr(args, name, os.path.abspath(path))
+        args.device = find_device(args.device)
+        return args
+
+
+class TrainingParser(Parser):
+    """The options that all methods have; `defaults` are those of the method's paper."""
+
+    def __init__(self, script, doc, **defaults):
+        super().__init__(script, doc)
         count, positive, share = number(int, 1), number(float, 1e-9), number(float, 0, 1)
         add = self.add_argument_group("options of every method").add_argument
         add("--dataset", default="cifar10", help=f"{DATASETS}, or a folder of pictures")
@@ -132,31 +158,18 @@ class Parser(argparse.ArgumentParser):
         add("--resume", action="store_true", help="go on with the run in that folder")
         self.set_defaults(method=Path(script).stem, **defaults)
 
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
     def parse_args(self, argv=None):
-        """The options, with all that depends on the data set or the machine resolved."""
+        """The defaults that depend on the data set or the machine are resolved here."""
         if self.parse_known_args(argv)[0].dataset == "shapes":
             self.set_defaults(**SHAPES_DEFAULTS)
         args = super().parse_args(argv)
-        args.dataset, args.data_dir = find_dataset(args.dataset), os.path.abspath(args.data_dir)
-        args.device = find_device(args.device)
         if args.precision == "auto":
             native = (torch.cuda.is_bf16_supported(False) if args.device.startswith("cuda") else
                       args.device == "cpu" and torch.cpu._is_avx512_bf16_supported())
             args.precision = "bf16" if native else "fp32"
         if args.batch_size % WORLD:
-            raise UserError(f"--batch-size {args.batch_size} cannot be shared by {WORLD} processes")
+            self.error(f"--batch-size {args.batch_size} cannot be shared by {WORLD} processes")
         return args
-
-
-def find_dataset(name):
-    """A name of DATASETS as it is, a folder as its absolute path."""
-    if name not in DATASETS.split(", ") and not Path(name).is_dir():
-        raise UserError(f"unknown data set '{name}': choose {DATASETS}, or a folder with pictures "
-                        "in train/CLASS/* and test/CLASS/*")
-    return name if name in DATASETS.split(", ") else os.path.abspath(name)
 
 
 def find_device(name):
@@ -164,352 +177,11 @@ def find_device(name):
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda" and WORLD > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"no device '{name}' here: leave out --device, or say cpu") from None
     return name
-
-
-# ------------------------------------------------------------------------------------------- data
-
-DATASETS = "cifar10, cifar100, svhn, stl10, tiny-imagenet, shapes"
-SHAPES_DEFAULTS = dict(arch="resnet10", width=16, epochs=12, val_size=300)  # for a laptop
-
-
-class Data(NamedTuple):
-    """A data set on its device; each part is (x uint8 N x 3 x H x W, y int64 N)."""
-    train: tuple
-    val: tuple    # held out of the training set, picks best.pt
-    test: tuple   # used once, at the end
-    classes: list
-    flip: bool    # does a mirrored picture keep its class?
-
-
-def load_data(dataset, data_dir, device, val_size=1):
-    """Reads or draws a data set, with the same held-out part for all seeds. UserError if it is bad.
-
-    Of torchrun's processes the first downloads and decodes while the others wait.
-    """
-    if RANK > 0:
-        dist.barrier()
-    if dataset == "shapes":
-        train, test, classes = draw_shapes(2000 + val_size, 0), draw_shapes(1000, 1), list(SHAPES)
-    elif dataset in TORCHVISION:
-        train, test, classes = read_torchvision(dataset, data_dir)
-    else:
-        train, test, classes = read_folder(dataset, data_dir)
-    if RANK == 0 and WORLD > 1:
-        dist.barrier()
-    if val_size >= len(train[1]):
-        raise UserError(f"--val-size {val_size} leaves none of {len(train[1])} training pictures")
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(train[1])))
-    val, train = ([t[index] for t in train] for index in (order[:val_size], order[val_size:]))
-    parts = [(x.to(device), y.to(device)) for x, y in (train, val, test)]
-    return Data(*parts, classes, flip=dataset not in ("svhn", "shapes"))
-
-
-def batches(data, args, epoch):
-    """One shuffled epoch of full batches: x float in [0, 1], augmented on the device, and y.
-
-    All processes draw the same order, and each takes its share of every batch.
-    """
-    x, y = data.train
-    order = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch)
-    order = torch.randperm(len(y), generator=order).to(y.device)
-    for index in order.split(args.batch_size)[:len(y) // args.batch_size]:
-        index = index[RANK::WORLD]
-        yield augment(x[index], data.flip), y[index]
-
-
-def augment(x, flip, padding=4):
-    """uint8 -> float in [0, 1]; each picture is padded, cropped at a place of its own and, with
-    `flip`, mirrored with probability 1/2."""
-    n, _, height, width = x.shape
-    x = F.pad(x, [padding] * 4)
-    rows, columns = torch.randint(2 * padding + 1, (2, n, 1), device=x.device)
-    rows = rows + torch.arange(height, device=x.device)
-    columns = columns + torch.arange(width, device=x.device)
-    if flip:
-        mirrored = torch.rand(n, 1, device=x.device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    picture = torch.arange(n, device=x.device)[:, None, None]
-    x = x[picture, :, rows[:, :, None], columns[:, None, :]]  # N x H x W x 3
-    return x.permute(0, 3, 1, 2).float() / 255  # in channels_last, as convolutions like it
-
-
-TORCHVISION = {  # class, the option that names its parts and their names, the files it downloads
-    "cifar10": ("CIFAR10", "train", (True, False), "cifar-10-python.tar.gz"),
-    "cifar100": ("CIFAR100", "train", (True, False), "cifar-100-python.tar.gz"),
-    "svhn": ("SVHN", "split", ("train", "test"), "train_32x32.mat and test_32x32.mat"),
-    "stl10": ("STL10", "split", ("train", "test"), "stl10_binary.tar.gz"),
-}
-
-
-def read_torchvision(dataset, data_dir):
-    """Downloads once into data_dir; returns train (x, y), test (x, y) and the class names."""
-    name, option, splits, files = TORCHVISION[dataset]
-    try:
-        parts = [getattr(torchvision.datasets, name)(data_dir, download=True, **{option: split})
-                 for split in splits]
-    except ImportError as error:  # SVHN's .mat files
-        raise UserError(f"torchvision cannot read {dataset} ({error}): pip install scipy") from None
-    except Exception as error:  # no network, bad checksum, broken archive: the remedy is the same
-        raise UserError(f"cannot download {dataset} ({' '.join(str(error).split())}): put {files} "
-                        f"into {data_dir} (--data-dir) by hand, or take --dataset shapes, which "
-                        "needs no download") from error
-    out = []
-    for part in parts:
-        x, y = torch.from_numpy(part.data), part.targets if option == "train" else part.labels
-        x = x.permute(0, 3, 1, 2).contiguous() if option == "train" else x
-        out.append((x, torch.as_tensor(y).long()))
-    return *out, list(getattr(parts[0], "classes", "0123456789"))
-
-
-def read_folder(dataset, data_dir):
-    """train/CLASS/*, test/CLASS/* (or val/): train (x, y), test (x, y) and the class names."""
-    tiny = dataset == "tiny-imagenet"
-    root = Path(data_dir, "tiny-imagenet-200") if tiny else Path(dataset)
-    test_root = root / ("test" if not tiny and (root / "test").is_dir() else "val")
-    for folder in (root / "train", test_root):
-        if not folder.is_dir():
-            raise UserError(f"no folder {folder}: " + (
-                f"unpack tiny-imagenet-200.zip in {data_dir} (--data-dir)" if tiny else
-                "a data set has pictures in train/CLASS/* and test/CLASS/*"))
-    try:
-        train = torchvision.datasets.ImageFolder(root / "train")
-        if (test_root / "val_annotations.txt").exists():  # Tiny ImageNet as downloaded
-            rows = map(str.split, (test_root / "val_annotations.txt").read_text().splitlines())
-            test = [(f"{test_root}/images/{name}", label) for name, label, *_ in rows]
-        else:
-            folder = torchvision.datasets.ImageFolder(test_root)
-            test = [(path, folder.classes[label]) for path, label in folder.samples]
-    except FileNotFoundError as error:  # an empty class, or no class
-        raise UserError(f"{root}: {error}") from None
-    if unknown := {label for _, label in test} - set(train.classes):
-        raise UserError(f"{test_root} has classes that train/ lacks: {', '.join(sorted(unknown))}")
-    samples = train.samples + [(path, train.class_to_idx[label]) for path, label in test]
-    x = decode([path for path, _ in samples], root.resolve(), data_dir, train.loader)
-    y, n = torch.tensor([label for _, label in samples]), len(train)
-    return (x[:n], y[:n]), (x[n:], y[n:]), train.classes
-
-
-def decode(paths, root, data_dir, loader):
-    """The pictures at `paths`, uint8 N x 3 x H x W; decoded once, then cached in data_dir."""
-    stats = [(path, os.stat(path)) for path in paths]
-    key = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats)
-    key = hashlib.sha256(key.encode()).hexdigest()[:16]
-    cache = Path(data_dir, f"{root.name}-{key}.pt")
-    with contextlib.suppress(UserError):  # none yet, or a damaged one
-        return load(cache)
-    say(f"decoding {len(paths):,} pictures of {root}, once; the cache will be {cache}")
-    x, show = None, progress("decoding picture", len(paths))
-    for i, path in enumerate(paths):
-        try:
-            picture = torch.from_numpy(np.array(loader(path))).permute(2, 0, 1)
-        except Exception as error:
-            raise UserError(f"{path} is broken ({error}): replace or remove it") from None
-        x = torch.empty(len(paths), *picture.shape, dtype=torch.uint8) if x is None else x
-        if picture.shape != x.shape[1:]:
-            raise UserError(f"{path} is {picture.shape[2]}x{picture.shape[1]}, but {paths[0]} is "
-                            f"{x.shape[3]}x{x.shape[2]}: bring all to one size first, for instance "
-                            "with ImageMagick: mogrify -resize '32x32!' FILES")
-        x[i] = picture
-        show(i + 1)
-    save(x, cache)
-    return x
-
-
-SHAPES = {  # about the signed distance to the outline of a shape in [-1, 1]^2; v points down
-    "disc": lambda u, v: np.hypot(u, v) - 1,
-    "ring": lambda u, v: abs(np.hypot(u, v) - 0.75) - 0.25,
-    "square": lambda u, v: np.maximum(abs(u), abs(v)) - 0.85,
-    "diamond": lambda u, v: 0.71 * (abs(u) + abs(v) - 1.15),
-    "triangle": lambda u, v: np.maximum(v - 0.75, 0.87 * abs(u) - 0.5 * v - 0.45),
-    "plus": lambda u, v: np.maximum(np.minimum(abs(u), abs(v)) - 0.3, np.hypot(u, v) - 1),
-    "bars": lambda u, v: np.maximum(abs(abs(v) - 0.6) - 0.28, abs(u) - 1),
-    "star": lambda u, v: 0.5 * (np.hypot(u, v) - 0.6 - 0.4 * np.cos(5 * np.arctan2(u, -v))),
-    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 1, 0.75 - np.hypot(u - 0.45, v)),
-    "hourglass": lambda u, v: np.maximum(abs(v) - 0.95, 0.71 * (abs(u) - abs(v))),
-}
-
-
-def draw_shapes(n, seed, size=32):
-    """n pictures of SHAPES, x uint8 n x 3 x size x size and y, with random place, size and colours.
-
-    A faint fixed pattern of the class, +-4/255 a pixel, lies on every picture: it tells the class
-    without fail, and an attack of 8/255 erases it.
-    """
-    rng = np.random.default_rng(seed)
-    y = rng.permutation(np.arange(n) % len(SHAPES))
-    radius = rng.uniform(0.22, 0.36, (n, 1, 1)) * size
-    centre = rng.uniform(0.38, 0.62, (2, n, 1, 1)) * size
-    place = np.arange(size) + 0.5
-    u, v = (place - centre[0]) / radius, (place[:, None] - centre[1]) / radius
-    distance = np.empty((n, size, size))
-    for label, outline in enumerate(SHAPES.values()):
-        distance[y == label] = outline(u[y == label], v[y == label])
-    cover = np.clip(0.5 - distance * radius, 0, 1)[:, None]  # 1 inside, with a smooth edge
-    back = rng.uniform(0.05, 0.95, (n, 3, 1, 1))
-    contrast = rng.uniform(0.35, 0.7, (n, 3, 1, 1)) * np.where(back < 0.5, 1, -1)
-    picture = 255 * np.clip(back + contrast * cover, 0.02, 0.98)  # leaves room for the pattern
-    pattern = np.random.default_rng(12345).choice([-4, 4], (len(SHAPES), 3, size, size))
-    x = (picture + pattern[y]).round().astype(np.uint8)
-    return torch.from_numpy(x), torch.from_numpy(y)
-
-
-# ----------------------------------------------------------------------------------------- models
-
-ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus, "swish": nn.SiLU}
-ARCHS = {
-    "resnet10": dict(blocks=(1, 1, 1, 1)),
-    "resnet18": dict(blocks=(2, 2, 2, 2)),
-    "resnet34": dict(blocks=(3, 4, 6, 3)),
-    "resnet50": dict(blocks=(3, 4, 6, 3), bottleneck=True),
-    "preactresnet18": dict(blocks=(2, 2, 2, 2), preact=True),
-    "preactresnet34": dict(blocks=(3, 4, 6, 3), preact=True),
-    "preactresnet50": dict(blocks=(3, 4, 6, 3), preact=True, bottleneck=True),
-    "wrn-16-8": dict(blocks=(2, 2, 2), preact=True, stem=16, width=128),
-    "wrn-28-10": dict(blocks=(4, 4, 4), preact=True, stem=16, width=160),
-    "wrn-34-4": dict(blocks=(5, 5, 5), preact=True, stem=16, width=64),
-    "wrn-34-10": dict(blocks=(5, 5, 5), preact=True, stem=16, width=160),
-    "vgg16": {},
-}
-
-
-class Classifier(nn.Module):
-    """Pictures N x 3 x H x W in [0, 1] -> logits N x C in fp32.
-
-    Normalisation and training's precision are in here: no script and no attack sees them.
-    """
-
-    def __init__(self, mean, std):
-        super().__init__()
-        for name, value in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
-        self.dtype, self.network = torch.float32, self.logits  # `exact` returns to these
-
-    def forward(self, x):
-        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype.itemsize == 2):
-            return self.network(x).to(x.dtype)
-
-
-class Block(nn.Module):
-    """Residual block: two 3x3 convolutions, or as a bottleneck 1x1, 3x3 and 1x1."""
-    preact = False
-
-    def __init__(self, before, width, stride, activation, bottleneck):
-        super().__init__()
-        after = 4 * width if bottleneck else width
-        kernels, strides = ((1, 3, 1), (1, stride, 1)) if bottleneck else ((3, 3), (stride, 1))
-        sizes = [before] + [width] * (len(kernels) - 1) + [after]
-        for i, (kernel, step) in enumerate(zip(kernels, strides)):
-            conv = nn.Conv2d(sizes[i], sizes[i + 1], kernel, step, kernel // 2, bias=False)
-            self.add_module(f"conv{i + 1}", conv)
-            self.add_module(f"bn{i + 1}", nn.BatchNorm2d(sizes[i if self.preact else i + 1]))
-        self.shortcut = nn.Sequential()
-        if stride > 1 or before != after:
-            self.shortcut.append(nn.Conv2d(before, after, 1, stride, bias=False))
-            if not self.preact:
-                self.shortcut.append(nn.BatchNorm2d(after))
-        self.activation, self.depth = activation, len(kernels)
-
-    def layers(self):
-        for i in range(1, self.depth + 1):
-            yield getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
-
-    def forward(self, x):
-        out = x
-        for i, (conv, bn) in enumerate(self.layers()):
-            out = bn(conv(self.activation(out) if i else out))
-        return self.activation(out + self.shortcut(x))
-
-
-class PreActBlock(Block):
-    """The same with BatchNorm and activation before each convolution (He et al. 2016b)."""
-    preact = True
-
-    def forward(self, x):
-        out = self.activation(self.bn1(x))
-        shortcut = self.shortcut(out) if len(self.shortcut) else x
-        for i, (conv, bn) in enumerate(self.layers()):
-            out = conv(self.activation(bn(out)) if i else out)
-        return out + shortcut
-
-
-class ResNet(Classifier):
-    """CIFAR ResNet (He et al. 2016a), PreActResNet or, in three stages, WideResNet.
-
-    Parameters have the names of the field's CIFAR ResNets, so that their checkpoints load.
-    """
-
-    def __init__(self, classes, width, activation, mean, std, blocks, stem=None, preact=False,
-                 bottleneck=False):
-        super().__init__(mean, std)
-        self.preact, self.stages, self.activation = preact, len(blocks), ACTIVATIONS[activation]()
-        channels = stem or width
-        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
-        if not preact:
-            self.bn1 = nn.BatchNorm2d(channels)
-        for stage, count in enumerate(blocks):
-            layer = nn.Sequential()
-            for i in range(count):
-                block, stride = PreActBlock if preact else Block, 2 if stage and not i else 1
-                layer.append(block(channels, width << stage, stride, self.activation, bottleneck))
-                channels = (width << stage) * (4 if bottleneck else 1)
-            self.add_module(f"layer{stage + 1}", layer)
-        if preact:
-            self.bn = nn.BatchNorm2d(channels)
-        self.linear = nn.Linear(channels, classes)
-
-    def logits(self, x):
-        x = self.conv1(x) if self.preact else self.activation(self.bn1(self.conv1(x)))
-        for stage in range(self.stages):
-            x = getattr(self, f"layer{stage + 1}")(x)
-        x = self.activation(self.bn(x)) if self.preact else x
-        return self.linear(x.mean((2, 3)))
-
-
-class VGG(Classifier):
-    """VGG-16 with BatchNorm (Simonyan & Zisserman 2015), with one linear layer on top."""
-
-    def __init__(self, classes, width, activation, mean, std):
-        super().__init__(mean, std)
-        layers, channels = [], 3
-        for factor in (1, 1, 0, 2, 2, 0, 4, 4, 4, 0, 8, 8, 8, 0, 8, 8, 8, 0):  # 0: pooling
-            if factor:
-                layers.append(nn.Conv2d(channels, channels := factor * width, 3, padding=1))
-                layers += [nn.BatchNorm2d(channels), ACTIVATIONS[activation]()]
-            else:
-                layers.append(nn.MaxPool2d(2))
-        self.features, self.classifier = nn.Sequential(*layers), nn.Linear(channels, classes)
-
-    def logits(self, x):
-        return self.classifier(self.features(x).mean((2, 3)))
-
-
-def build_model(arch, classes, width=None, activation="relu", mean=(0.5,) * 3, std=(0.25,) * 3):
-    """An untrained Classifier; `arch` from ARCHS, mean and std of the pictures' three channels."""
-    options = {"width": 64} | ARCHS[arch] | ({"width": width} if width else {})
-    family = ResNet if "blocks" in options else VGG
-    return family(classes, activation=activation, mean=mean, std=std, **options)
-
-
-def prepare_model(args, data):
-    """The network that args ask for, ready for training, normalised by the pictures' statistics."""
-    torch.manual_seed(args.seed)
-    std, mean = torch.std_mean(data.train[0][:10_000].cpu().float() / 255, dim=(0, 2, 3))
-    model = build_model(args.arch, len(data.classes), args.width, args.activation,
-                        mean.tolist(), std.clamp(min=1e-3).tolist())
-    model = model.to(args.device, memory_format=torch.channels_last)
-    model.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
-    if args.compile:
-        model.network = torch.compile(model.logits)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
-    return model
 
 
 # ---------------------------------------------------------------------------------------- attacks
@@ -576,6 +248,11 @@ def random_start(x, eps, norm="linf", generator=None):
     return (x + eps * noise).clamp(0, 1)
 
 
+def cross_entropy(logits, y):
+    """Summed, not averaged: a mean over a large batch makes gradients vanish in fp16."""
+    return F.cross_entropy(logits, y, reduction="sum")
+
+
 def margin_loss(logits, y):
     """Carlini & Wagner's margin, summed: the highest wrong logit minus the true one."""
     true = F.one_hot(y, logits.shape[1]).bool()
@@ -589,9 +266,7 @@ def pgd_attack(model, x, y, eps, alpha, steps, restarts=1, norm="linf", loss="ce
     the earlier ones left right. Returns x_adv: the end of the restart that fooled the model, or
     of the last one. ValueError for x outside [0, 1].
     """
-    def objective(logits, y):
-        return margin_loss(logits, y) if loss == "margin" else F.cross_entropy(logits, y, reduction="sum")
-
+    objective = {"ce": cross_entropy, "margin": margin_loss}[loss]
     x_adv, right = x.clone(), torch.arange(len(x), device=x.device)
     with attacking(model, x):
         for _ in range(restarts):
@@ -632,6 +307,24 @@ def accuracy(model, x, y, attack=None, batch_size=None, show=lambda done: None):
 
 
 # ------------------------------------------------------------------------------- run bookkeeping
+
+def prepare_model(args, data):
+    """The network that args ask for, ready for training, with the data's mean and deviation."""
+    torch.manual_seed(args.seed)
+    model = build_model(args.arch, len(data.classes), args.width, args.activation, *statistics(data))
+    model = model.to(args.device, memory_format=torch.channels_last)
+    model.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
+    if args.compile:
+        model.network = torch.compile(model.logits)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
+    return model
+
+
+def statistics(data):
+    """Mean and standard deviation of each channel, of at most 10,000 training pictures."""
+    std, mean = torch.std_mean(data.train[0][:10_000].cpu().float() / 255, dim=(0, 2, 3))
+    return mean.tolist(), std.clamp(min=1e-3).tolist()
+
 
 def learning_rate(args, progress):
     """At `progress` in [0, 1] through the run: piecewise decay, or a triangle, highest half-way."""
@@ -674,14 +367,33 @@ def load(path, device="cpu"):
     raise UserError(f"{path} {reason}")
 
 
-def load_weights(model, state, path):
-    """A state dict, with whatever prefix, into the model. UserError if it is of another one."""
-    state = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in state.items()}
+def load_weights(model, weights, path):
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        detail = str(error).splitlines()[1].strip()
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        detail = str(error).splitlines()[-1].strip()
         raise UserError(f"{path} holds another architecture ({detail})") from None
+
+
+def load_model(path, device, arch=None, width=None, activation=None, data=None):
+    """The network in a checkpoint of these scripts, and the settings it was trained with as a dict.
+
+    A bare state dict from elsewhere needs `arch`, and `data` for its classes and normalisation; it
+    comes without settings. UserError where the weights do not fit.
+    """
+    state = load(path, device)
+    ours = "args" in state
+    if not ours and not (arch and data):
+        raise UserError(f"{path} does not say what it is: name its --arch and --dataset")
+    settings, weights = (state["args"], state["model"]) if ours else ({}, state)
+    classes, *colours = ([state[key] for key in ("classes", "mean", "std")] if ours else
+                         [data.classes, *statistics(data)])
+    model = build_model(arch or settings["arch"], len(classes), width or settings.get("width"),
+                        activation or settings.get("activation", "relu"), *colours)
+    weights = weights.get("state_dict", weights)
+    weights = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in weights.items()}
+    load_weights(model, weights, path)
+    return model.to(device, memory_format=torch.channels_last), settings
 
 
 def claim_folder(args):

@@ -1,0 +1,119 @@
+"""Clean and robust accuracy of saved checkpoints.
+
+    python evaluate.py runs/.../best.pt runs/.../last.pt        PGD with 50 steps and 10 restarts
+    python evaluate.py runs/.../best.pt --steps 20 --restarts 1 --n-examples 200
+    python evaluate.py weights.pth --arch resnet18 --dataset cifar10        a bare state dict
+
+Prints one table, with a row for each checkpoint, and writes it to result.json. All numbers are
+computed in fp32 on the test set; only pictures that are still right are attacked (again).
+"""
+
+import functools
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import common
+from data import load_data
+
+
+def parse_args(argv=None):
+    parser = common.Parser(__file__, __doc__)
+    count = common.number(int, 1)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CKPT", help="best.pt or last.pt of a run, or a state dict")
+    add("--steps", type=count, default=50, help="of PGD, each of length eps/4")
+    add("--restarts", type=count, default=10, help="of PGD")
+    add("--eps", type=common.pixels, metavar="PIXELS", help="None: as in training, else 8")
+    add("--norm", choices=["linf", "l2"], help="None: as in training, else linf")
+    add("--n-examples", type=count, help="test pictures, drawn at random; None: all")
+    add("--batch-size", type=count, help="pictures attacked at a time; None: 64 on a CPU, else 1000")
+    add("--arch", choices=common.ARCHS, metavar="NAME", help="of a state dict from elsewhere")
+    add("--width", type=count, help="of that architecture; None: its own")
+    add("--activation", choices=common.ACTIVATIONS, help="of that architecture; None: relu")
+    add("--dataset", help="None: as in training; for a state dict its classes and normalisation too")
+    add("--data-dir", metavar="DIR", help="None: as in training, else data")
+    add("--seed", type=common.number(int, 0), default=0, help="of the examples and the attacks' noise")
+    add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), or one of torch's")
+    add("--out", metavar="DIR", help="folder of result.json; None: the next free runs/evaluation-N")
+    return parser.parse_args(argv)
+
+
+def attacks(args, eps, norm):
+    """Name -> attack(model, x, y) -> x_adv. Every further attack gets its column from here."""
+    def pgd(model, x, y):
+        return common.pgd_attack(model, x, y, eps, eps / 4, args.steps, args.restarts, norm,
+                                 generator=generator)
+
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    return {f"PGD-{args.steps}-{args.restarts}": pgd}
+
+
+def zero_gradients(model, x, y, batch_size):
+    """Percent of the coordinates where cross-entropy's input gradient is exactly 0: there, attacks
+    that follow the gradient do nothing."""
+    zeros = 0
+    for index in torch.arange(len(y)).split(batch_size or 64):
+        picture = (x[index].float() / 255).requires_grad_()
+        with common.exact(model):
+            gradient, = torch.autograd.grad(common.cross_entropy(model(picture), y[index]), picture)
+        zeros += (gradient == 0).sum().item()
+    return 100 * zeros / x.numel()
+
+
+def evaluate(path, args, read_data):
+    """One row of the table, a dict: what was evaluated, n, and accuracies in percent."""
+    start = time.perf_counter()
+    data = read_data(args.dataset, args.data_dir or "data") if args.dataset else None
+    model, settings = common.load_model(path, args.device, args.arch, args.width, args.activation, data)
+    if data is None:
+        data = read_data(settings["dataset"], args.data_dir or settings["data_dir"])
+    classes = model(data.test[0][:1].float()).shape[1]
+    if classes != len(data.classes):
+        raise common.UserError(f"{path} tells {classes} classes apart, the data set has "
+                               f"{len(data.classes)}: name the right --dataset")
+    eps, norm = args.eps or settings.get("eps", 8 / 255), args.norm or settings.get("norm", "linf")
+    order = torch.randperm(len(data.test[1]), generator=torch.Generator().manual_seed(args.seed))
+    x, y = (part[order[:args.n_examples].to(part.device)] for part in data.test)
+    row = dict(checkpoint=path, dataset=Path(args.dataset or settings["dataset"]).name,
+               arch=args.arch or settings["arch"], n=len(y), eps=eps * 255, norm=norm)
+    for name, attack in attacks(args, eps, norm).items():
+        show = common.progress(f"{path}, {name}: picture", len(y))
+        row["clean %"], row[f"{name} %"] = common.accuracy(model, x, y, attack, args.batch_size, show)
+    row["zero gradients %"] = zero_gradients(model, x, y, args.batch_size)
+    return row | dict(seconds=time.perf_counter() - start)
+
+
+def table(rows):
+    """Rows, dicts with the same keys, as aligned text."""
+    cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    lines = [list(rows[0]), *cells]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    words = [cell.replace(".", "").replace("-", "").isdigit() for cell in cells[0]]
+    return "\n".join("  ".join(cell.rjust(w) if number else cell.ljust(w) for cell, w, number in
+                               zip(line, widths, words)) for line in lines)
+
+
+def main(args):
+    folders = [Path("runs", f"evaluation-{i}") for i in range(1, 10_000)]
+    folder = Path(args.out) if args.out else next(f for f in folders if not f.exists())
+    if (folder / "result.json").exists():
+        raise common.UserError(f"{folder} holds a result, which is never overwritten: take another --out")
+    read_data = functools.cache(lambda dataset, data_dir: load_data(dataset, data_dir, args.device))
+    rows = [evaluate(path, args, read_data) for path in args.checkpoints]
+    print(table(rows))
+    for row in rows:
+        if row["zero gradients %"] > 1:
+            print(f"warning: {row['checkpoint']}: {row['zero gradients %']:.1f} % of the input gradient is "
+                  "exactly 0, so attacks that follow it may fail for that reason alone")
+    result = dict(command=shlex.join(sys.argv), args=vars(args), rows=rows)
+    common.save(json.dumps(result, indent=1), folder / "result.json")
+    print(f"wrote {folder}/result.json")
+
+
+if __name__ == "__main__":
+    common.main(parse_args, main)

@@ -1,0 +1,139 @@
+"""The networks: CIFAR ResNets, PreActResNets, WideResNets and VGG-16, with normalisation inside."""
+
+import torch
+from torch import nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus, "swish": nn.SiLU}
+ARCHS = {
+    "resnet10": dict(blocks=(1, 1, 1, 1)),
+    "resnet18": dict(blocks=(2, 2, 2, 2)),
+    "resnet34": dict(blocks=(3, 4, 6, 3)),
+    "resnet50": dict(blocks=(3, 4, 6, 3), bottleneck=True),
+    "preactresnet18": dict(blocks=(2, 2, 2, 2), preact=True),
+    "preactresnet34": dict(blocks=(3, 4, 6, 3), preact=True),
+    "preactresnet50": dict(blocks=(3, 4, 6, 3), preact=True, bottleneck=True),
+    "wrn-16-8": dict(blocks=(2, 2, 2), preact=True, stem=16, width=128),
+    "wrn-28-10": dict(blocks=(4, 4, 4), preact=True, stem=16, width=160),
+    "wrn-34-4": dict(blocks=(5, 5, 5), preact=True, stem=16, width=64),
+    "wrn-34-10": dict(blocks=(5, 5, 5), preact=True, stem=16, width=160),
+    "vgg16": {},
+}
+
+
+class Classifier(nn.Module):
+    """Pictures N x 3 x H x W in [0, 1] -> logits N x C in fp32.
+
+    Normalisation and training's precision are in here: no script and no attack sees them.
+    """
+
+    def __init__(self, mean, std):
+        super().__init__()
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+        self.dtype, self.network = torch.float32, self.logits  # `exact` returns to these
+
+    def forward(self, x):
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype.itemsize == 2):
+            return self.network(x).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Residual block: two 3x3 convolutions, or as a bottleneck 1x1, 3x3 and 1x1."""
+    preact = False
+
+    def __init__(self, before, width, stride, activation, bottleneck):
+        super().__init__()
+        after = 4 * width if bottleneck else width
+        kernels, strides = ((1, 3, 1), (1, stride, 1)) if bottleneck else ((3, 3), (stride, 1))
+        sizes = [before] + [width] * (len(kernels) - 1) + [after]
+        for i, (kernel, step) in enumerate(zip(kernels, strides)):
+            conv = nn.Conv2d(sizes[i], sizes[i + 1], kernel, step, kernel // 2, bias=False)
+            self.add_module(f"conv{i + 1}", conv)
+            self.add_module(f"bn{i + 1}", nn.BatchNorm2d(sizes[i if self.preact else i + 1]))
+        self.shortcut = nn.Sequential()
+        if stride > 1 or before != after:
+            self.shortcut.append(nn.Conv2d(before, after, 1, stride, bias=False))
+            if not self.preact:
+                self.shortcut.append(nn.BatchNorm2d(after))
+        self.activation, self.depth = activation, len(kernels)
+
+    def layers(self):
+        for i in range(1, self.depth + 1):
+            yield getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
+
+    def forward(self, x):
+        out = x
+        for i, (conv, bn) in enumerate(self.layers()):
+            out = bn(conv(self.activation(out) if i else out))
+        return self.activation(out + self.shortcut(x))
+
+
+class PreActBlock(Block):
+    """The same with BatchNorm and activation before each convolution (He et al. 2016b)."""
+    preact = True
+
+    def forward(self, x):
+        out = self.activation(self.bn1(x))
+        shortcut = self.shortcut(out) if len(self.shortcut) else x
+        for i, (conv, bn) in enumerate(self.layers()):
+            out = conv(self.activation(bn(out)) if i else out)
+        return out + shortcut
+
+
+class ResNet(Classifier):
+    """CIFAR ResNet (He et al. 2016a), PreActResNet or, in three stages, WideResNet.
+
+    Parameters have the names of the field's CIFAR ResNets, so that their checkpoints load.
+    """
+
+    def __init__(self, classes, width, activation, mean, std, blocks, stem=None, preact=False,
+                 bottleneck=False):
+        super().__init__(mean, std)
+        self.preact, self.stages, self.activation = preact, len(blocks), ACTIVATIONS[activation]()
+        channels = stem or width
+        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        if not preact:
+            self.bn1 = nn.BatchNorm2d(channels)
+        for stage, count in enumerate(blocks):
+            layer = nn.Sequential()
+            for i in range(count):
+                block, stride = PreActBlock if preact else Block, 2 if stage and not i else 1
+                layer.append(block(channels, width << stage, stride, self.activation, bottleneck))
+                channels = (width << stage) * (4 if bottleneck else 1)
+            self.add_module(f"layer{stage + 1}", layer)
+        if preact:
+            self.bn = nn.BatchNorm2d(channels)
+        self.linear = nn.Linear(channels, classes)
+
+    def logits(self, x):
+        x = self.conv1(x) if self.preact else self.activation(self.bn1(self.conv1(x)))
+        for stage in range(self.stages):
+            x = getattr(self, f"layer{stage + 1}")(x)
+        x = self.activation(self.bn(x)) if self.preact else x
+        return self.linear(x.mean((2, 3)))
+
+
+class VGG(Classifier):
+    """VGG-16 with BatchNorm (Simonyan & Zisserman 2015), with one linear layer on top."""
+
+    def __init__(self, classes, width, activation, mean, std):
+        super().__init__(mean, std)
+        layers, channels = [], 3
+        for factor in (1, 1, 0, 2, 2, 0, 4, 4, 4, 0, 8, 8, 8, 0, 8, 8, 8, 0):  # 0: pooling
+            if factor:
+                layers.append(nn.Conv2d(channels, channels := factor * width, 3, padding=1))
+                layers += [nn.BatchNorm2d(channels), ACTIVATIONS[activation]()]
+            else:
+                layers.append(nn.MaxPool2d(2))
+        self.features, self.classifier = nn.Sequential(*layers), nn.Linear(channels, classes)
+
+    def logits(self, x):
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+def build_model(arch, classes, width=None, activation="relu", mean=(0.5,) * 3, std=(0.25,) * 3):
+    """An untrained Classifier; `arch` from ARCHS, mean and std of the pictures' three channels."""
+    options = {"width": 64} | ARCHS[arch] | ({"width": width} if width else {})
+    family = ResNet if "blocks" in options else VGG
+    return family(classes, activation=activation, mean=mean, std=std, **options)

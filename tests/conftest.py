@@ -1,0 +1,77 @@
+"""Fixtures: tiny models, tiny data sets, and a script run as from the command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import models
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--dataset", "shapes", "--width", "2", "--epochs", "2", "--val-size", "20"]
+
+
+@pytest.fixture
+def model():
+    """A small network whose BatchNorm statistics are not those of a fresh one."""
+    torch.manual_seed(0)
+    model = models.build_model("resnet10", 10, width=4)
+    for _ in range(3):
+        model(torch.rand(16, 3, 32, 32))
+    return model
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(1)
+    return torch.rand(6, 3, 32, 32), torch.arange(6)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of pictures: 2 classes, 8 + 4 pictures of 32x32 each."""
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 8), ("test", 4)):
+        for name in ("cat", "dog"):
+            (tmp_path / "pets" / part / name).mkdir(parents=True)
+            for i in range(n):
+                picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(picture).save(tmp_path / "pets" / part / name / f"{i}.png")
+    return tmp_path / "pets"
+
+
+def command(script, *options, cwd, **kwargs):
+    """Starts a script in a process of its own, in the folder `cwd`."""
+    return subprocess.Popen([sys.executable, ROOT / script, *map(str, options)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"PYTHONUNBUFFERED": "1"}, **kwargs)
+
+
+@pytest.fixture
+def small_shapes(monkeypatch):
+    """Makes `shapes` 20 times smaller, for tests that train within this process."""
+    import data
+    draw = data.draw_shapes
+    monkeypatch.setattr(data, "draw_shapes", lambda n, seed: draw(n // 20, seed))
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path, small_shapes):
+    """script(module, *options) -> (exit status, stdout, stderr), within this process, in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *options):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, options)])
+        status = 0
+        try:
+            common.main(module.parse_args, getattr(module, "train", None) or module.main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return run
