@@ -70,15 +70,16 @@ def backward_smoothing(model, x, eps, alpha, gamma=1.0, random_points=1, alone=F
         # (4.5) One step up from there.
         x_adv.requires_grad_()
         logits = model(x_adv)
-        rise = kl(logits, F.softmax(clean, 1)) if y is None else F.cross_entropy(logits, y, reduction="sum")
+        rise = kl(logits, F.softmax(clean, 1)) if y is None else common.cross_entropy(logits, y)
         gradient, = torch.autograd.grad(rise, x_adv)
         return common.step(x_adv, gradient, x, eps, alpha, norm)
 
 
 def training_loss(model, x, y, args):
     """Algorithm 1, line 7: CE + beta KL, both means over the batch; a scalar tensor."""
-    x_adv = backward_smoothing(model, x, args.eps, args.alpha, args.gamma, args.random_points, args.alone,
-                               y if args.objective == "ce" else None, args.norm, args.attack_bn)
+    x_adv = backward_smoothing(model, x, args.eps, args.alpha, args.gamma, args.random_points,
+                               args.alone, y if args.objective == "ce" else None, args.norm,
+                               args.attack_bn)
     logits_adv = model(x_adv)
     if args.objective == "ce":
         return F.cross_entropy(logits_adv, y)
@@ -93,7 +94,7 @@ def train(args):
     model = common.prepare_model(args, data)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(enabled=args.precision == "fp16")
+    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
     run = common.Run(args, data, model, optimizer, scaler)
     for epoch in range(run.epoch, args.epochs):
         run.start_epoch()

@@ -81,7 +81,7 @@ def progress(what, total, done=0):
 # ---------------------------------------------------------------------------------------- options
 
 DATASETS = "cifar10, cifar100, svhn, stl10, tiny-imagenet, shapes"
-SHAPES_DEFAULTS = dict(arch="resnet10", width=16, epochs=5, batch_size=64, val_size=200)
+SHAPES_DEFAULTS = dict(arch="resnet10", width=16, epochs=6, batch_size=64, val_size=200)
 
 
 def number(kind, low, high=math.inf):
@@ -136,7 +136,7 @@ class TrainingParser(Parser):
         add("--dataset", default="cifar10", help=f"{DATASETS}, or a folder of pictures")
         add("--data-dir", default="data", metavar="DIR", help="where data sets are kept and cached")
         add("--arch", default="resnet18", choices=ARCHS, metavar="NAME", help=", ".join(ARCHS))
-        add("--width", type=count, help="channels of the first stage; None: 64, for wrn-D-K 16 K")
+        add("--width", type=number(int, 8), help="channels of the first stage; None: 64, wrn 16 K")
         add("--activation", default="relu", choices=ACTIVATIONS, help="after each BatchNorm")
         add("--eps", type=pixels, default="8", metavar="PIXELS", help="radius of the attack")
         add("--norm", default="linf", choices=["linf", "l2"], help="norm of that radius")
@@ -156,7 +156,7 @@ class TrainingParser(Parser):
         add("--compile", action="store_true", help="torch.compile the network for training")
         add("--out", metavar="DIR", help="run folder; None: runs/METHOD-DATASET-ARCH-epsE-seedS")
         add("--resume", action="store_true", help="go on with the run in that folder")
-        self.set_defaults(method=Path(script).stem, **defaults)
+        self.set_defaults(method=Path(script).stem, processes=WORLD, **defaults)
 
     def parse_args(self, argv=None):
         """The defaults that depend on the data set or the machine are resolved here."""
@@ -311,8 +311,8 @@ def accuracy(model, x, y, attack=None, batch_size=None, show=lambda done: None):
 def prepare_model(args, data):
     """The network that args ask for, ready for training, with the data's mean and deviation."""
     torch.manual_seed(args.seed)
-    model = build_model(args.arch, len(data.classes), args.width, args.activation, *statistics(data))
-    model = model.to(args.device, memory_format=torch.channels_last)
+    model = build_model(args.arch, len(data.classes), args.width, args.activation,
+                        *statistics(data)).to(args.device, memory_format=torch.channels_last)
     model.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
     if args.compile:
         model.network = torch.compile(model.logits)
@@ -359,20 +359,12 @@ def load(path, device="cpu"):
     except FileNotFoundError:
         reason = "does not exist"
     except Exception as error:
-        reason = f"is no checkpoint, or is cut short ({str(error).splitlines()[0]})"
+        reason = f"is no checkpoint, or is cut short ({' '.join(str(error).split())[:80]})"
         if Path(path).read_bytes()[:200].lstrip().startswith(b"<"):
             reason = "is a web page: download the file itself"
         elif "Weights only load failed" in str(error):
             reason = "holds Python objects, which could execute code: save a state_dict() alone"
     raise UserError(f"{path} {reason}")
-
-
-def load_weights(model, weights, path):
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        detail = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} holds another architecture ({detail})") from None
 
 
 def load_model(path, device, arch=None, width=None, activation=None, data=None):
@@ -386,19 +378,24 @@ def load_model(path, device, arch=None, width=None, activation=None, data=None):
     if not ours and not (arch and data):
         raise UserError(f"{path} does not say what it is: name its --arch and --dataset")
     settings, weights = (state["args"], state["model"]) if ours else ({}, state)
-    classes, *colours = ([state[key] for key in ("classes", "mean", "std")] if ours else
-                         [data.classes, *statistics(data)])
+    classes, mean, std = ([state[key] for key in ("classes", "mean", "std")] if ours else
+                          [data.classes, *statistics(data)])
     model = build_model(arch or settings["arch"], len(classes), width or settings.get("width"),
-                        activation or settings.get("activation", "relu"), *colours)
-    weights = weights.get("state_dict", weights)
-    weights = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in weights.items()}
-    load_weights(model, weights, path)
+                        activation or settings.get("activation", "relu"), mean, std)
+    try:
+        weights = weights.get("state_dict", weights)
+        model.load_state_dict({name.removeprefix("module.").removeprefix("_orig_mod."): tensor
+                               for name, tensor in weights.items()})
+    except (RuntimeError, AttributeError, TypeError) as error:
+        detail = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path} holds another architecture ({detail})") from None
     return model.to(device, memory_format=torch.channels_last), settings
 
 
 def claim_folder(args):
     """The folder of a new run, --out or the next free runs/NAME; with --resume, of an old one."""
-    name = f"{args.method}-{Path(args.dataset).name}-{args.arch}-eps{args.eps * 255:g}-seed{args.seed}"
+    name = f"{args.method}-{Path(args.dataset).name}-{args.arch}"
+    name += f"-eps{args.eps * 255:g}-seed{args.seed}"
     folders = [Path("runs", name + f"-{i}" * (i > 1)) for i in range(1, 1000)]
     folders = [Path(args.out)] if args.out else folders
     held = [folder for folder in folders if (folder / "args.json").exists()]
@@ -406,8 +403,8 @@ def claim_folder(args):
     if args.resume:
         if not held:
             raise UserError(f"{folders[0]} holds no run to resume: leave out --resume")
-        folder = (unfinished or held)[-1]
-        before, differ = json.loads((folder / "args.json").read_text())["args"], []
+        folder, differ = (unfinished or held)[-1], []
+        before = json.loads((folder / "args.json").read_text())["args"]
         for key, value in vars(args).items():
             if key not in ("out", "resume", "data_dir", "device") and before.get(key) != value:
                 differ.append(f"--{key.replace('_', '-')} was {before.get(key)}, is {value}")
@@ -415,8 +412,8 @@ def claim_folder(args):
             raise UserError(f"{folder} was begun with other settings: {'; '.join(differ)}")
         return folder
     if args.out and held:
-        raise UserError(f"{args.out} holds a run, and none is ever overwritten: take another --out, "
-                        "or add --resume to go on with it")
+        raise UserError(f"{args.out} holds a run, and no run is ever overwritten: take another "
+                        "--out, or add --resume to go on with it")
     if unfinished:
         say(f"{unfinished[-1]} is unfinished; --resume goes on with it")
     return next(folder for folder in folders if folder not in held)
@@ -427,32 +424,33 @@ class Run:
     result.json and curves.png at the end. With --resume it starts from last.pt."""
 
     def __init__(self, args, data, model, optimizer, scaler):
+        sizes, (n, _, height, width) = [f"{len(y):,}" for _, y in data[:3]], data.train[0].shape
+        if n < args.batch_size:
+            raise UserError(f"--batch-size {args.batch_size} exceeds the {n} training pictures")
         folder = [claim_folder(args) if RANK == 0 else None]
         if WORLD > 1:
             dist.broadcast_object_list(folder)
         self.args, self.folder, self.epoch, self.rows = args, folder[0], 0, []
         self.data, self.model, self.optimizer, self.scaler = data, model, optimizer, scaler
-        sizes, (n, _, height, width) = [f"{len(y):,}" for _, y in data[:3]], data.train[0].shape
-        self.steps = n // args.batch_size
-        if not self.steps:
-            raise UserError(f"--batch-size {args.batch_size} exceeds the {n} training pictures")
-        args.out = str(self.folder)
+        self.steps, args.out = n // args.batch_size, str(self.folder)
         if args.resume and (self.folder / "last.pt").exists():
             state = load(self.folder / "last.pt", args.device)
-            load_weights(model, state["model"], self.folder)
+            model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             self.epoch, self.rows = state["epoch"], state["rows"]
-        device = torch.cuda.get_device_name(args.device) if "cuda" in args.device else platform.machine()
-        self.about = dict(command=shlex.join(sys.argv), args=vars(args), device=device,
-                          versions=dict(python=platform.python_version(), numpy=np.__version__,
-                                        torch=torch.__version__, torchvision=torchvision.__version__))
+        cuda = args.device.startswith("cuda")
+        self.about = dict(command=shlex.join(sys.argv), args=vars(args), versions=dict(
+            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+            torchvision=torchvision.__version__, threads=torch.get_num_threads(),
+            device=torch.cuda.get_device_name(args.device) if cuda else platform.machine()))
         if RANK == 0 and not self.epoch:
             save(json.dumps(self.about, indent=1), self.folder / "args.json")
         say(textwrap.fill(" ".join(f"{key}={value}" for key, value in vars(args).items()), 100,
                           break_long_words=False, break_on_hyphens=False))
-        say(f"{sizes[0]} training, {sizes[1]} held-out, {sizes[2]} test pictures of {width}x{height} in "
-            f"{len(data.classes)} classes; {sum(p.numel() for p in model.parameters()):,} parameters")
+        say(f"{sizes[0]} training, {sizes[1]} held-out, {sizes[2]} test pictures of "
+            f"{width}x{height} in {len(data.classes)} classes; "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters")
         say(f"{self.folder}, from epoch {self.epoch + 1}")
         say("epoch      lr    loss  val clean %  val PGD-10 %  seconds")
         self.progress = progress("step", args.epochs * self.steps, self.epoch * self.steps)
@@ -462,7 +460,7 @@ class Run:
         return time.perf_counter()
 
     def start_epoch(self):
-        """Each epoch has a seed of its own, so that resuming needs no state of random generators."""
+        """Seeds each epoch by its number: resuming then needs no state of random generators."""
         torch.manual_seed(self.args.seed + 1_000_003 * (self.epoch * WORLD + RANK + 1))
         self.model.train()
         self.started = self.now()
@@ -477,25 +475,26 @@ class Run:
         """Held-out accuracy, a row of the log, checkpoints. `loss` is the epoch's mean, a tensor;
         UserError if it is not finite."""
         seconds = self.now() - self.started
-        average([loss, *(buffer for buffer in self.model.buffers() if buffer.is_floating_point())])
+        average([loss, *(b for b in self.model.buffers() if b.is_floating_point())])
         if not math.isfinite(loss):
-            raise UserError(f"the loss of epoch {self.epoch + 1} is {loss.item()}; {self.folder} keeps "
-                            f"epoch {self.epoch}: try a lower --lr, or --precision fp32")
+            raise UserError(f"the loss of epoch {self.epoch + 1} is {loss.item()}; {self.folder} "
+                            f"keeps epoch {self.epoch}: try a lower --lr, or --precision fp32")
         clean, pgd = accuracy(self.model, *self.data.val, self.pgd(10))
         self.epoch += 1
         say(f"{self.epoch:5}  {lr:6.4f}  {loss:6.3f}  {clean:11.1f}  {pgd:12.1f}  {seconds:7.1f}")
-        best = all(pgd > row["val_pgd"] for row in self.rows)
         if self.rows and pgd < self.rows[-1]["val_pgd"] - 20:
-            say("warning: PGD accuracy fell by more than 20 points, perhaps catastrophic overfitting: "
-                "try a smaller --alpha or more attack steps; best.pt is from before")
+            say("warning: PGD accuracy fell by more than 20 points, perhaps by catastrophic "
+                "overfitting: try a smaller --alpha or more attack steps; best.pt is from before")
+        best = all(pgd > row["val_pgd"] for row in self.rows)
         self.rows.append(dict(epoch=self.epoch, lr=lr, loss=loss.item(), val_clean=clean,
                               val_pgd=pgd, seconds=seconds))
         if RANK == 0:
-            lines = [self.rows[0], *(row.values() for row in self.rows)]
-            save("".join(",".join(map(str, line)) + "\n" for line in lines), self.folder / "log.csv")
-            state = dict(model=self.model.state_dict(), args=vars(self.args), epoch=self.epoch,
-                         rows=self.rows, classes=self.data.classes,
-                         mean=self.model.mean.flatten().tolist(), std=self.model.std.flatten().tolist())
+            lines = [",".join(map(str, line)) for line in
+                     (self.rows[0], *(row.values() for row in self.rows))]
+            save("\n".join(lines) + "\n", self.folder / "log.csv")
+            mean, std = self.model.mean.flatten().tolist(), self.model.std.flatten().tolist()
+            state = dict(model=self.model.state_dict(), mean=mean, std=std, args=vars(self.args),
+                         classes=self.data.classes, epoch=self.epoch, rows=self.rows)
             if best:
                 save(state, self.folder / "best.pt")
             state |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
@@ -506,18 +505,20 @@ class Run:
         if RANK:
             return
         scores, (x, y) = {}, self.data.test
-        say("\n            epoch  val clean %  val PGD-10 %  test clean %  test PGD-20 %")
         for name in ("best", "last"):
             state = load(self.folder / f"{name}.pt", self.args.device)
             if name == "best" or state["epoch"] != scores["best"]["epoch"]:  # else the same weights
-                load_weights(self.model, state["model"], name)
-                clean, pgd = accuracy(self.model, x, y, self.pgd(20), show=progress("test", len(y)))
-            scores[name] = {key: state["rows"][-1][key] for key in ("epoch", "val_clean", "val_pgd")}
+                self.model.load_state_dict(state["model"])
+                show = progress(f"testing {name}.pt: picture", len(y))
+                clean, pgd = accuracy(self.model, x, y, self.pgd(20), show=show)
+            scores[name] = {k: state["rows"][-1][k] for k in ("epoch", "val_clean", "val_pgd")}
             scores[name] |= dict(test_clean=clean, test_pgd=pgd)
-        scores["difference"] = {key: scores["best"][key] - scores["last"][key] for key in scores["best"]}
-        for name, (epoch, *shares) in ((name, score.values()) for name, score in scores.items()):
-            say(f"{name:10}  {epoch:5}" + "".join(f"{v:{w}.2f}" for v, w in zip(shares, (13, 14, 14, 15))))
-        say(f"{len(y):,} test pictures; PGD has one restart and step eps/4; held-out PGD-10 chose best.pt")
+        best, last = scores.values()
+        scores["difference"] = {key: best[key] - last[key] for key in best}
+        say("\n            epoch  val clean %  val PGD-10 %  test clean %  test PGD-20 %")
+        for name, (epoch, *shares) in zip(scores, map(dict.values, scores.values())):
+            say(f"{name:10}  {epoch:5}  {'  '.join(f'{share:12.2f}' for share in shares)}")
+        say(f"{len(y):,} test pictures; PGD: 1 restart, step eps/4; held-out PGD-10 chose best.pt")
         seconds = sum(row["seconds"] for row in self.rows)
         result = self.about | scores | dict(n_test=len(y), train_seconds=seconds)
         save(json.dumps(result, indent=1), self.folder / "result.json")
@@ -534,8 +535,9 @@ def plot_curves(rows, path):
     left.set(xlabel="epoch", ylabel="training loss")
     right.plot(epochs, [row["val_clean"] for row in rows], "o-", label="clean")
     right.plot(epochs, [row["val_pgd"] for row in rows], "s--", label="PGD-10")
-    right.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 100))
+    right.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 102))
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=120)

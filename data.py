@@ -1,4 +1,4 @@
-"""The data sets: torchvision's, folders of pictures and the drawn `shapes`; batches and augmentation."""
+"""Data sets: torchvision's, folders of pictures, and the drawn `shapes`; batches, augmentation."""
 
 import contextlib
 import hashlib
@@ -94,8 +94,9 @@ def read_torchvision(dataset, data_dir):
         raise UserError(f"torchvision reads {dataset} with SciPy: pip install scipy") from error
     except Exception as error:  # no network, bad checksum, broken archive: the remedy is the same
         reason = " ".join(str(error).split())
-        raise UserError(f"cannot download {dataset} ({reason}): put {files} into {data_dir} (it is "
-                        "--data-dir) by hand, or take --dataset shapes, which needs none") from error
+        raise UserError(f"cannot download {dataset} ({reason}): put {files} into {data_dir} (set by "
+                        "--data-dir) by hand, or take --dataset shapes, which needs no download"
+                        ) from error
     out = []
     for part in parts:
         x, y = torch.from_numpy(part.data), part.targets if option == "train" else part.labels
@@ -112,8 +113,9 @@ def read_folder(dataset, data_dir):
     for folder in (root / "train", test_root):
         if not folder.is_dir():
             raise UserError(f"no folder {folder}: " + (
-                f"unpack tiny-imagenet-200.zip in {data_dir} (--data-dir)" if tiny else f"a data set is "
-                f"one of {DATASETS}, or a folder with train/CLASS/* and test/CLASS/* pictures"))
+                f"unpack tiny-imagenet-200.zip in {data_dir} (--data-dir)" if tiny else
+                f"--dataset takes {DATASETS}, or a folder with pictures in train/CLASS/* and "
+                "test/CLASS/*"))
     try:
         train = torchvision.datasets.ImageFolder(root / "train")
         if (test_root / "val_annotations.txt").exists():  # Tiny ImageNet as downloaded

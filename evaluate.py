@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import common
@@ -25,21 +26,22 @@ def parse_args(argv=None):
     parser = common.Parser(__file__, __doc__)
     count = common.number(int, 1)
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="best.pt or last.pt of a run, or a state dict")
+    add("checkpoints", nargs="+", metavar="CKPT", help="best.pt, last.pt or a state dict")
     add("--steps", type=count, default=50, help="of PGD, each of length eps/4")
     add("--restarts", type=count, default=10, help="of PGD")
     add("--eps", type=common.pixels, metavar="PIXELS", help="None: as in training, else 8")
     add("--norm", choices=["linf", "l2"], help="None: as in training, else linf")
     add("--n-examples", type=count, help="test pictures, drawn at random; None: all")
-    add("--batch-size", type=count, help="pictures attacked at a time; None: 64 on a CPU, else 1000")
+    add("--batch-size", type=count, help="None: 64 on a CPU, else 1000")
     add("--arch", choices=common.ARCHS, metavar="NAME", help="of a state dict from elsewhere")
     add("--width", type=count, help="of that architecture; None: its own")
     add("--activation", choices=common.ACTIVATIONS, help="of that architecture; None: relu")
-    add("--dataset", help="None: as in training; for a state dict its classes and normalisation too")
+    add("--dataset", help="None: as in training; it also gives a state dict's colour statistics")
     add("--data-dir", metavar="DIR", help="None: as in training, else data")
-    add("--seed", type=common.number(int, 0), default=0, help="of the examples and the attacks' noise")
+    add("--seed", type=common.number(int, 0), default=0, help="of examples and noise")
     add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), or one of torch's")
     add("--out", metavar="DIR", help="folder of result.json; None: the next free runs/evaluation-N")
+    add("--sheet", metavar="FILE", help="also draw a picture of each class, attacked")
     return parser.parse_args(argv)
 
 
@@ -66,26 +68,68 @@ def zero_gradients(model, x, y, batch_size):
 
 
 def evaluate(path, args, read_data):
-    """One row of the table, a dict: what was evaluated, n, and accuracies in percent."""
+    """One row of the table, a dict: what was evaluated, n, and accuracies in percent. With --sheet
+    also the examples to draw: a picture of each class, attacked, and what the model sees in it."""
     start = time.perf_counter()
     data = read_data(args.dataset, args.data_dir or "data") if args.dataset else None
-    model, settings = common.load_model(path, args.device, args.arch, args.width, args.activation, data)
+    model, settings = common.load_model(path, args.device, args.arch, args.width,
+                                        args.activation, data)
     if data is None:
         data = read_data(settings["dataset"], args.data_dir or settings["data_dir"])
-    classes = model(data.test[0][:1].float()).shape[1]
+    with torch.no_grad():
+        classes = model.eval()(data.test[0][:1].float()).shape[1]
     if classes != len(data.classes):
         raise common.UserError(f"{path} tells {classes} classes apart, the data set has "
                                f"{len(data.classes)}: name the right --dataset")
     eps, norm = args.eps or settings.get("eps", 8 / 255), args.norm or settings.get("norm", "linf")
-    order = torch.randperm(len(data.test[1]), generator=torch.Generator().manual_seed(args.seed))
-    x, y = (part[order[:args.n_examples].to(part.device)] for part in data.test)
+    x, y = data.test
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(args.seed)).to(y.device)
+    x, y = x[order[:args.n_examples]], y[order[:args.n_examples]]
     row = dict(checkpoint=path, dataset=Path(args.dataset or settings["dataset"]).name,
                arch=args.arch or settings["arch"], n=len(y), eps=eps * 255, norm=norm)
     for name, attack in attacks(args, eps, norm).items():
         show = common.progress(f"{path}, {name}: picture", len(y))
-        row["clean %"], row[f"{name} %"] = common.accuracy(model, x, y, attack, args.batch_size, show)
+        row["clean %"], row[f"{name} %"] = common.accuracy(model, x, y, attack, args.batch_size,
+                                                           show)
     row["zero gradients %"] = zero_gradients(model, x, y, args.batch_size)
-    return row | dict(seconds=time.perf_counter() - start)
+    row["seconds"] = time.perf_counter() - start
+    if not args.sheet:
+        return row, None
+    index = torch.stack([(y == c).nonzero()[0, 0] for c in y.unique()[:10]])
+    pictures, labels = x[index].float() / 255, y[index]
+    attack, = list(attacks(args, eps, norm).values())[:1]
+    with common.exact(model), torch.no_grad():
+        with torch.enable_grad():
+            attacked = attack(model, pictures, labels)
+        seen = [model(z).argmax(1).tolist() for z in (pictures, attacked)]
+    words = [[data.classes[c] for c in each] for each in (labels.tolist(), *seen)]
+    return row, (path, pictures, attacked, eps, *words)
+
+
+def draw_sheet(examples, file):
+    """For each model: clean pictures, the attack's perturbation (+-eps as black and white) and their
+    sum, each under the class that the model sees."""
+    from matplotlib.figure import Figure
+    columns = max(len(example[1]) for example in examples)
+    figure = Figure(figsize=(1.15 * columns + 1.3, 3.9 * len(examples)), layout="constrained")
+    for part, example in zip(np.atleast_1d(figure.subfigures(len(examples))), examples):
+        path, clean, attacked, eps, truth, seen, seen_attacked = example
+        part.suptitle(path)
+        axes = part.subplots(3, columns, squeeze=False)
+        noise = 0.5 + (attacked - clean) / (2 * eps)
+        for row, (name, pictures, classes) in enumerate([
+                ("clean", clean, seen), ("attack", noise, None), ("attacked", attacked, seen_attacked)]):
+            axes[row, 0].set_ylabel(name, fontsize=11)
+            for ax, picture, i in zip(axes[row], pictures, range(columns)):
+                ax.imshow(picture.clamp(0, 1).permute(1, 2, 0).cpu())
+                if classes:
+                    right = classes[i] == truth[i]
+                    ax.set_title(classes[i] if right else f"{classes[i]}!", fontsize=10,
+                                 color="#0072b2" if right else "#d55e00")
+        for ax in axes.flat:
+            ax.set(xticks=[], yticks=[])
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
 
 
 def table(rows):
@@ -102,16 +146,19 @@ def main(args):
     folders = [Path("runs", f"evaluation-{i}") for i in range(1, 10_000)]
     folder = Path(args.out) if args.out else next(f for f in folders if not f.exists())
     if (folder / "result.json").exists():
-        raise common.UserError(f"{folder} holds a result, which is never overwritten: take another --out")
+        raise common.UserError(f"{folder} holds a result, which is never overwritten: take "
+                               "another --out")
     read_data = functools.cache(lambda dataset, data_dir: load_data(dataset, data_dir, args.device))
-    rows = [evaluate(path, args, read_data) for path in args.checkpoints]
+    rows, examples = zip(*[evaluate(path, args, read_data) for path in args.checkpoints])
     print(table(rows))
     for row in rows:
         if row["zero gradients %"] > 1:
-            print(f"warning: {row['checkpoint']}: {row['zero gradients %']:.1f} % of the input gradient is "
-                  "exactly 0, so attacks that follow it may fail for that reason alone")
+            print(f"warning: {row['checkpoint']}: {row['zero gradients %']:.1f} % of the input "
+                  "gradient is exactly 0: attacks that follow it may fail for that reason alone")
     result = dict(command=shlex.join(sys.argv), args=vars(args), rows=rows)
     common.save(json.dumps(result, indent=1), folder / "result.json")
+    if args.sheet:
+        draw_sheet(examples, args.sheet)
     print(f"wrote {folder}/result.json")
 
 

@@ -13,14 +13,14 @@ import common
 import models
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--dataset", "shapes", "--width", "2", "--epochs", "2", "--val-size", "20"]
+TINY = ["--dataset", "shapes", "--width", "8", "--epochs", "2", "--val-size", "20"]
 
 
 @pytest.fixture
 def model():
     """A small network whose BatchNorm statistics are not those of a fresh one."""
     torch.manual_seed(0)
-    model = models.build_model("resnet10", 10, width=4)
+    model = models.build_model("resnet10", 10, width=8)
     for _ in range(3):
         model(torch.rand(16, 3, 32, 32))
     return model

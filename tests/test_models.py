@@ -1,0 +1,108 @@
+"""The networks: shapes, parameter names of the field, normalisation, precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import models
+
+
+@pytest.mark.parametrize("arch", models.ARCHS)
+def test_every_architecture_classifies_and_backpropagates(arch):
+    torch.manual_seed(0)
+    model = models.build_model(arch, 7, width=8).eval()
+    x = torch.rand(2, 3, 32, 32, requires_grad=True)
+    logits = model(x)
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert x.grad.abs().max() > 0
+    assert all(parameter.grad is not None for parameter in model.parameters())  # none is left over
+
+
+def test_sizes_are_those_of_the_literature():
+    """Parameters in millions, for 10 classes, as published with the field's implementations."""
+    sizes = {"resnet18": 11.17, "resnet50": 23.52, "preactresnet18": 11.17, "wrn-28-10": 36.48,
+             "wrn-34-10": 46.16, "vgg16": 14.73}
+    for arch, size in sizes.items():
+        with torch.device("meta"):
+            count = sum(p.numel() for p in models.build_model(arch, 10).parameters())
+        assert count / 1e6 == pytest.approx(size, abs=0.01), arch
+
+
+def test_parameter_names_are_those_of_the_common_cifar_resnets():
+    names = models.build_model("resnet18", 10, width=8).state_dict().keys()
+    assert {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer1.1.bn2.bias",
+            "layer2.0.shortcut.0.weight", "layer2.0.shortcut.1.weight", "linear.weight"} <= names
+    assert not any("layer1.0.shortcut" in name for name in names)
+    assert len(names) == 122  # and nothing else, such as buffers of the normalisation
+    names = models.build_model("resnet50", 10, width=8).state_dict().keys()
+    assert {"layer1.0.conv3.weight", "layer1.0.shortcut.0.weight"} <= names
+    names = models.build_model("preactresnet18", 10, width=8).state_dict().keys()
+    assert {"layer2.0.shortcut.0.weight", "bn.weight"} <= names
+    assert not {"layer2.0.shortcut.1.weight", "bn1.weight"} & names
+
+
+def test_residual_blocks_recomputed(model):
+    """A block with its formula written out from the parameters."""
+    block, x = model.layer2[0].eval(), torch.rand(2, 8, 8, 8)
+
+    def bn(x, norm):
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    out = F.relu(bn(F.conv2d(x, block.conv1.weight, stride=2, padding=1), block.bn1))
+    out = bn(F.conv2d(out, block.conv2.weight, padding=1), block.bn2)
+    short = bn(F.conv2d(x, block.shortcut[0].weight, stride=2), block.shortcut[1])
+    assert torch.allclose(block(x), F.relu(out + short), atol=1e-6)
+
+    torch.manual_seed(0)
+    block = models.PreActBlock(8, 16, 2, torch.nn.ReLU(), bottleneck=True).eval()
+    pre = F.relu(bn(x, block.bn1))
+    out = F.relu(bn(F.conv2d(pre, block.conv1.weight), block.bn2))
+    out = F.relu(bn(F.conv2d(out, block.conv2.weight, stride=2, padding=1), block.bn3))
+    out = F.conv2d(out, block.conv3.weight) + F.conv2d(pre, block.shortcut[0].weight, stride=2)
+    assert torch.allclose(block(x), out, atol=1e-6)
+
+
+def test_normalisation_is_inside(batch):
+    x, _ = batch
+    torch.manual_seed(0)
+    plain = models.build_model("resnet10", 10, 8, mean=(0.0,) * 3, std=(1.0,) * 3).eval()
+    inside = models.build_model("resnet10", 10, 8, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)).eval()
+    inside.load_state_dict(plain.state_dict())
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])
+    outside = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    assert torch.allclose(inside(x), plain(outside), atol=1e-5)
+
+
+@pytest.mark.parametrize("activation, function", [("softplus", F.softplus), ("swish", F.silu)])
+@pytest.mark.parametrize("arch", ["resnet10", "preactresnet18", "vgg16"])
+def test_activations(arch, activation, function, monkeypatch, batch):
+    torch.manual_seed(0)
+    model = models.build_model(arch, 10, 8, activation).eval()
+    torch.manual_seed(0)
+    relu = models.build_model(arch, 10, 8, "relu").eval()
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: function(x))
+    assert torch.allclose(model(batch[0]), relu(batch[0]), atol=1e-6)
+
+
+def test_precision_is_the_models_own_business_and_never_that_of_results(model, batch):
+    """Logits are always fp32; `exact` computes in fp32 and gives the training precision back."""
+    x, _ = batch
+    reference = model.eval()(x)
+    model.dtype = torch.bfloat16
+    model.train()
+    with common.exact(model):
+        assert torch.equal(model(x), reference)
+    assert model.training and model.dtype == torch.bfloat16
+    reduced = model.eval()(x)
+    assert reduced.dtype == torch.float32 and not torch.equal(reduced, reference)
+    assert torch.allclose(reduced, reference, atol=0.1)
+
+
+def test_exact_sets_the_compiled_network_aside(model, batch):
+    def compiled(x):
+        raise AssertionError("used the compiled network")
+    model.network = compiled
+    with common.exact(model):
+        model(batch[0])
+    assert model.network is compiled

@@ -1,0 +1,411 @@
+"""Runs from the command line: what they write, determinism, resuming, and every bad input."""
+
+import argparse
+import csv
+import functools
+import json
+import pickle
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import backward_smoothing
+import common
+import data
+import evaluate
+from conftest import ROOT, TINY, command
+
+SCRIPTS = [backward_smoothing]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def equal(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ------------------------------------------------------------------------------------ what a run is
+
+def test_a_run_folder_holds_all_it_should(script, tmp_path):
+    status, out, _ = script(backward_smoothing, *TINY, "--seed", 3, "--eps", 4)
+    folder = tmp_path / "runs/backward_smoothing-shapes-resnet10-eps4-seed3"
+    assert status == 0
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "args.json", "best.pt", "curves.png", "last.pt", "log.csv", "result.json"]
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"] and float(rows[1]["seconds"]) > 0
+    about = json.loads((folder / "args.json").read_text())
+    assert about["args"]["width"] == 8 and about["args"]["eps"] == 4 / 255
+    assert about["versions"]["torch"] == torch.__version__ and "--seed 3" in about["command"]
+    result = json.loads((folder / "result.json").read_text())
+    best, last = result["best"], result["last"]
+    assert last["epoch"] == 2 and result["n_test"] == 50
+    assert best["val_pgd"] == max(float(row["val_pgd"]) for row in rows)
+    for key, value in result["difference"].items():
+        assert value == pytest.approx(best[key] - last[key])
+    assert "width=8" in out and re.search(r"^ +2  0\.0\d+ +\d", out, re.M)  # configuration, rows
+    assert re.search(r"^best +\d", out, re.M) and re.search(r"^difference", out, re.M)
+
+
+def test_results_are_those_of_the_checkpoints(script, tmp_path):
+    """result.json can be recomputed from best.pt alone."""
+    script(backward_smoothing, *TINY)
+    folder = tmp_path / "runs/backward_smoothing-shapes-resnet10-eps8-seed0"
+    model, settings = common.load_model(folder / "best.pt", "cpu")
+    x, y = data.load_data("shapes", "", "cpu").test
+    attack_noise = torch.Generator().manual_seed(0)
+    clean, pgd = common.accuracy(model, x, y, lambda model, x, y: common.pgd_attack(
+        model, x, y, 8 / 255, 2 / 255, 20, generator=attack_noise))
+    best = json.loads((folder / "result.json").read_text())["best"]
+    assert (best["test_clean"], best["test_pgd"]) == (clean, pgd)
+
+
+def test_same_seed_same_weights(script, tmp_path):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert script(backward_smoothing, *TINY, "--out", out, "--seed", seed)[0] == 0
+    a, b, c = (weights(tmp_path / out / "last.pt") for out in "abc")
+    assert equal(a, b) and not equal(a, c)
+
+
+def test_no_run_is_overwritten(script, tmp_path):
+    first = script(backward_smoothing, *TINY)[1]
+    second = script(backward_smoothing, *TINY)[1]
+    name = "runs/backward_smoothing-shapes-resnet10-eps8-seed0"
+    assert f"{name} holds" in first and f"{name}-2 holds" in second and "unfinished" not in second
+    (tmp_path / f"{name}-2/result.json").unlink()
+    third = script(backward_smoothing, *TINY)[1]
+    assert f"{name}-2 is unfinished; --resume" in third and f"{name}-3 holds" in third
+    status, out, _ = script(backward_smoothing, *TINY, "--resume")
+    assert status == 0 and f"{name}-2, from epoch 3" in out
+
+
+def test_the_warning_about_catastrophic_overfitting(monkeypatch, script):
+    results = iter([(90, 60), (90, 30), (90, 60), (90, 30)])
+    monkeypatch.setattr(common, "accuracy", lambda *args, **kwargs: next(results))
+    out = script(backward_smoothing, *TINY)[1]
+    assert "warning: PGD accuracy fell" in out and "--alpha" in out
+
+
+def test_best_is_chosen_on_held_out_pictures(monkeypatch, script, tmp_path):
+    results = iter([(50, 40), (60, 30), (50, 50), (50, 50)])
+    monkeypatch.setattr(common, "accuracy", lambda *args, **kwargs: next(results))
+    script(backward_smoothing, *TINY, "--out", "run")
+    best, last = (torch.load(tmp_path / "run" / f"{n}.pt", weights_only=True) for n in ("best", "last"))
+    assert best["epoch"] == 1 and last["epoch"] == 2 and not equal(best["model"], last["model"])
+
+
+@pytest.mark.parametrize("options", [["--precision", "bf16"], ["--precision", "fp16"], ["--norm", "l2"],
+                                     ["--arch", "vgg16"], ["--lr-schedule", "cyclic"]])
+def test_options_work(script, tmp_path, options):
+    assert script(backward_smoothing, *TINY, "--out", "run", *options)[0] == 0
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run/last.pt").values())
+
+
+def test_a_folder_of_pictures_is_trained_on_and_found_again(script, folder, tmp_path):
+    status, out, _ = script(backward_smoothing, "--dataset", "pets", "--arch", "resnet10", "--width", 8,
+                            "--epochs", 1, "--batch-size", 4, "--val-size", 4, "--out", "run")
+    assert status == 0 and "12 training, 4 held-out, 8 test pictures of 32x32 in 2 classes" in out
+    status, out, _ = script(evaluate, "run/best.pt", "--steps", 2, "--restarts", 1)
+    assert status == 0 and "pets" in out and "decoding" not in out
+
+
+class Recorder(argparse.Namespace):
+    """Remembers which options were asked for."""
+    read = set()
+
+    def __getattribute__(self, name):
+        Recorder.read.add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
+def test_every_option_is_read(module, monkeypatch, script):
+    def parse_args():
+        args = module.parse_args(TINY)
+        Recorder.read.clear()
+        return Recorder(**vars(args))
+    monkeypatch.setattr(sys, "argv", ["x"])
+    module.train(parse_args())
+    options = vars(module.parse_args(TINY)).keys()
+    assert options - Recorder.read == {"processes"}  # recorded only
+
+
+# --------------------------------------------------------------------------------- kill and resume
+
+def test_compile_trains_the_same_network(script, tmp_path, monkeypatch):
+    """Captured and differentiated by torch.compile; only its code generator, slow to start, is left
+    out."""
+    aot = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", aot)
+    for out, options in (("eager", []), ("compiled", ["--compile"])):
+        status, _, err = script(backward_smoothing, *TINY, "--out", out, "--epochs", 1, *options)
+        assert status == 0, err
+    a, b = (weights(tmp_path / out / "last.pt") for out in ("eager", "compiled"))
+    assert all(torch.allclose(a[name].float(), b[name].float(), atol=1e-3) for name in a)
+
+
+def wait_for(line, process):
+    """Reads the process's output up to `line`."""
+    for text in process.stdout:
+        if re.search(line, text):
+            return
+    raise AssertionError(f"no {line}: {process.communicate()}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    process = command("backward_smoothing.py", *TINY, "--out", "run", cwd=folder)
+    assert process.communicate()[0] and process.returncode == 0
+    return weights(folder / "run/last.pt")
+
+
+@pytest.mark.parametrize("moment", ["seconds$", r"^ +1  0\.\d+ "])
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, uninterrupted, moment):
+    """Killed in the first epoch, and in the second."""
+    process = command("backward_smoothing.py", *TINY, "--out", "run", cwd=tmp_path)
+    wait_for(moment, process)
+    time.sleep(0.2)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "run/result.json").exists()
+    process = command("backward_smoothing.py", *TINY, "--out", "run", "--resume", cwd=tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert equal(weights(tmp_path / "run/last.pt"), uninterrupted)
+
+
+def test_ctrl_c_says_how_to_resume(tmp_path):
+    process = command("backward_smoothing.py", *TINY, "--out", "run", "--epochs", 100, cwd=tmp_path)
+    wait_for(r"^ +1  0\.\d+ ", process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "interrupted: run/last.pt holds" in err and "--out run --resume" in err
+
+
+def test_torchrun_shares_the_work(tmp_path):
+    """Two processes: one folder, and weights that are finite and saved once."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
+         ROOT / "backward_smoothing.py", *TINY, "--epochs", "1", "--out", "run"],
+        cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test pictures; PGD") == 1
+    assert json.loads((tmp_path / "run/args.json").read_text())["args"]["processes"] == 2
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+BAD = {
+    "--dataset imagenet-99": "imagenet-99.*one of cifar10.*shapes",
+    "--arch resnet19": "resnet19.*resnet18",
+    "--device tpu9": "tpu9.*--device",
+    "--eps 0": "--eps.*above 0 and at most 255", "--eps -3": "--eps.*above 0", "--eps 256": "--eps.*at most 255",
+    "--eps eight": "--eps.*eight", "--eps nan": "--eps.*above 0", "--alpha 0": "--alpha.*above 0",
+    "--epochs 0": "--epochs.*at least 1", "--lr -1": "--lr", "--beta inf": "--beta", "--gamma -1": "--gamma",
+    "--milestones 2": "--milestones.*between 0 and 1", "--nonsense 1": "nonsense",
+    "--batch-size 5000": "--batch-size 5000 exceeds", "--val-size 99999": "--val-size",
+    "--resume": "no run to resume.*--resume",
+}
+
+
+def one_line(status, err, pattern):
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    assert re.search(pattern, err), err
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_a_bad_option_gets_one_line_and_status_2(script, tmp_path, monkeypatch, options):
+    if "val-size" not in options:
+        options = " ".join(TINY) + " " + options
+    else:
+        monkeypatch.setattr(data, "draw_shapes", lambda n, seed: (torch.zeros(9), torch.zeros(9)))
+        options = "--dataset shapes " + options
+    status, _, err = script(backward_smoothing, *options.split())
+    pattern = next(p for o, p in BAD.items() if options.endswith(o))
+    one_line(status, err, pattern)
+    assert not (tmp_path / "runs").exists()  # nothing is left behind
+
+
+def test_a_failed_start_leaves_no_run_folder(script, folder, tmp_path):
+    (folder / "train/cat/0.png").write_text("broken")
+    one_line(*script(backward_smoothing, "--dataset", "pets")[::2], r"cat/0.png is broken")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_out_folder_that_holds_a_run(script, tmp_path):
+    script(backward_smoothing, *TINY, "--out", "run")
+    before = (tmp_path / "run/last.pt").read_bytes()
+    one_line(*script(backward_smoothing, *TINY, "--out", "run")[::2], "holds a run.*--out.*--resume")
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_resume_with_other_settings_says_which(script):
+    script(backward_smoothing, *TINY, "--out", "run")
+    status, _, err = script(backward_smoothing, *TINY, "--out", "run", "--resume", "--beta", 3, "--lr", 0.2)
+    one_line(status, err, "other settings: .*--lr was 0.1, is 0.2.*--beta was 10.0, is 3.0")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script, tmp_path, monkeypatch):
+    genuine, steps = backward_smoothing.training_loss, []
+
+    def sometimes_nan(*args):
+        steps.append(1)
+        return genuine(*args) * (torch.nan if len(steps) > 1 else 1)
+    monkeypatch.setattr(backward_smoothing, "training_loss", sometimes_nan)
+    status, _, err = script(backward_smoothing, *TINY, "--out", "run")
+    one_line(status, err, "loss of epoch 2 is nan.*run.*keeps epoch 1.*--lr")
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run/last.pt").values())
+
+
+# -------------------------------------------------------------------------------------- evaluate.py
+
+@pytest.fixture
+def checkpoint(script, tmp_path):
+    script(backward_smoothing, *TINY, "--epochs", 1, "--out", "run")
+    return tmp_path / "run/best.pt"
+
+
+FAST = ["--steps", "2", "--restarts", "2"]
+
+
+def test_evaluate_needs_nothing_but_the_checkpoint(script, checkpoint, tmp_path):
+    status, out, err = script(evaluate, "run/best.pt", "run/last.pt", *FAST)
+    assert status == 0, err
+    head, *rows, last = out.splitlines()
+    assert len(rows) == 2 and len({len(line) for line in (head, *rows)}) == 1  # aligned
+    assert "PGD-2-2 %" in head and "clean %" in head
+    result = json.loads((tmp_path / "runs/evaluation-1/result.json").read_text())
+    row = result["rows"][0]
+    assert row["n"] == 50 and row["eps"] == 8 and row["norm"] == "linf" and row["arch"] == "resnet10"
+    assert 0 <= row["PGD-2-2 %"] <= row["clean %"] <= 100
+    assert script(evaluate, "run/best.pt", *FAST)[0] == 0  # the next free folder
+    assert (tmp_path / "runs/evaluation-2/result.json").exists()
+
+
+def test_evaluate_is_deterministic_and_its_options_count(script, checkpoint, tmp_path):
+    def row(*options):
+        assert script(evaluate, "run/best.pt", *FAST, *options)[0] == 0
+        folder = max((tmp_path / "runs").iterdir(), key=lambda p: int(p.name.split("-")[1]))
+        row = json.loads((folder / "result.json").read_text())["rows"][0]
+        return {key: value for key, value in row.items() if key != "seconds"}
+    assert row() == row()
+    assert row("--n-examples", 7)["n"] == 7
+    other = row("--eps", "255", "--norm", "l2")
+    assert other["eps"] == 255 and other["norm"] == "l2" and other["PGD-2-2 %"] <= row()["PGD-2-2 %"]
+    assert row("--batch-size", 9)["clean %"] == row()["clean %"]
+
+
+def test_restarts_never_help_the_defender(checkpoint):
+    model, _ = common.load_model(checkpoint, "cpu")
+    x, y = data.load_data("shapes", "", "cpu").test
+    rates = []
+    for restarts in (1, 5):
+        noise = torch.Generator().manual_seed(0)
+        rates.append(common.accuracy(model, x, y, lambda model, x, y: common.pgd_attack(
+            model, x, y, 2 / 255, 1 / 255, 2, restarts, generator=noise), batch_size=50)[1])
+    assert rates[1] <= rates[0]
+
+
+@pytest.mark.parametrize("wrapper", ["plain", "module.", "_orig_mod.", "state_dict"])
+def test_a_bare_state_dict_from_elsewhere(script, checkpoint, tmp_path, wrapper):
+    state = weights(checkpoint)
+    if wrapper == "state_dict":
+        state = {"state_dict": state, "epoch": 9}
+    elif wrapper != "plain":
+        state = {wrapper + name: value for name, value in state.items()}
+    torch.save(state, tmp_path / "bare.pth")
+    options = ["--arch", "resnet10", "--width", 8, "--dataset", "shapes", *FAST]
+    assert script(evaluate, "bare.pth", "run/best.pt", *options)[0] == 0
+    rows = json.loads((tmp_path / "runs/evaluation-1/result.json").read_text())["rows"]
+    assert rows[0]["clean %"] == pytest.approx(rows[1]["clean %"], abs=4)  # statistics differ a little
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("EXECUTED",)
+
+
+def test_bad_checkpoints(script, checkpoint, tmp_path):
+    whole = checkpoint.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html><html>404</html>")
+    torch.save(Code(), tmp_path / "code.pt")
+    (tmp_path / "old_code.pt").write_bytes(pickle.dumps(Code()))
+    torch.save(weights(checkpoint), tmp_path / "bare.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"epoch": 3}, tmp_path / "nothing.pt")
+    messages = {"cut.pt": "cut short", "empty.pt": "cut short", "page.pt": "web page",
+                "code.pt": "never|execute", "old_code.pt": "execute", "missing.pt": "does not exist",
+                "bare.pt": "--arch and --dataset", "list.pt": "--arch and --dataset"}
+    for name, message in messages.items():
+        status, out, err = script(evaluate, name)
+        one_line(status, err, message)
+        assert "EXECUTED" not in out + err
+    elsewhere = ["--arch", "resnet18", "--dataset", "shapes"]
+    for name in ("run/best.pt", "bare.pt", "list.pt", "nothing.pt"):
+        one_line(*script(evaluate, name, *elsewhere)[::2], "another architecture")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_evaluate_on_a_data_set_with_other_classes(script, checkpoint, folder):
+    one_line(*script(evaluate, "run/best.pt", "--dataset", "pets")[::2], "10 classes.* 2: .*--dataset")
+
+
+def test_zero_gradients_are_noticed(script, checkpoint, tmp_path):
+    """Logits a million times larger saturate the softmax, so that no gradient is left to follow."""
+    state = torch.load(checkpoint, weights_only=True)
+    for name in ("linear.weight", "linear.bias"):
+        state["model"][name] *= 1e6
+    torch.save(state, tmp_path / "masked.pt")
+    out = script(evaluate, "run/best.pt", "masked.pt", *FAST)[1]
+    assert re.search(r"warning: masked.pt: \d\d.*exactly 0", out) and "warning: run/best.pt" not in out
+
+
+# -------------------------------------------------------------------------------------- the README
+
+def readme_commands():
+    blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+
+
+def test_the_readmes_commands_are_valid():
+    modules = {f"{module.__name__}.py": module for module in (*SCRIPTS, evaluate)}
+    tried = 0
+    for line in readme_commands():
+        for part in line.split("&&"):
+            words = shlex.split(part)
+            words = words[2:] if words[0] == "torchrun" else words[1:] if words[0] == "python" else []
+            if words and words[0] in modules:
+                args = modules[words[0]].parse_args(words[1:])
+                assert args.device
+                tried += 1
+    assert tried >= 5
+
+
+def test_ci_runs_the_readmes_two_commands():
+    ci, commands = (ROOT / ".ci/run").read_text(), readme_commands()
+    for line in commands[:2]:
+        assert line in commands
+        for part in line.split("&&"):
+            assert part.strip() in ci
+    assert "backward_smoothing.py --eps 8 --dataset shapes" in commands[0] and "pytest" in commands[1]
+
+
+def test_no_line_of_the_scripts_is_too_long():
+    for path in ROOT.glob("*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 100, f"{path.name}:{number}"
