@@ -31,7 +31,7 @@ def parse_args(argv=None):
     parser = common.TrainingParser(__file__, __doc__, epochs=100, attack_bn="eval")
     add = parser.add_argument_group("options of Backward Smoothing").add_argument
     add("--gamma", type=common.number(float, 0), default=1.0, help="size of the output noise")
-    add("--beta", type=common.number(float, 0), default=10.0, help="weight of the KL term")
+    add("--beta", type=common.number(float, 0), default=10.0, help="weight of KL")
     add("--alpha", type=common.pixels, metavar="PIXELS", help="length of both steps; None is eps")
     add("--random-points", type=common.number(int, 1), default=1, metavar="K",
         help="draws of psi to average over (Table 12)")
@@ -80,10 +80,9 @@ def training_loss(model, x, y, args):
     x_adv = backward_smoothing(model, x, args.eps, args.alpha, args.gamma, args.random_points,
                                args.alone, y if args.objective == "ce" else None, args.norm,
                                args.attack_bn)
-    logits_adv = model(x_adv)
     if args.objective == "ce":
-        return F.cross_entropy(logits_adv, y)
-    logits = model(x)
+        return F.cross_entropy(model(x_adv), y)
+    logits, logits_adv = model(x), model(x_adv)
     divergence = F.kl_div(F.log_softmax(logits_adv, 1), F.log_softmax(logits, 1), log_target=True,
                           reduction="batchmean")
     return F.cross_entropy(logits, y) + args.beta * divergence

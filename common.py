@@ -1,6 +1,6 @@
-"""What the method scripts share: options, data, models, attack steps, PGD and run bookkeeping.
+"""What the method scripts share: options, attack steps, PGD, checkpoints and run bookkeeping.
 
-Outside the data section pictures are floats in [0, 1], N x 3 x H x W. The command line takes eps
+Pictures are floats in [0, 1], N x 3 x H x W, except where uint8 is said. The command line takes eps
 and steps in pixels of 255; `pixels` divides by 255, once.
 """
 
@@ -45,10 +45,11 @@ def main(parse_args, run):
     except UserError as error:
         message = error
     except KeyboardInterrupt:
-        message, last = "interrupted", Path(args.out or ".", "last.pt")
-        if last.exists():
-            message = (f"interrupted: {last} holds all finished epochs; to go on, give the same "
-                       f"command with --out {args.out} --resume")
+        message = "interrupted"
+        if args.out and Path(args.out, "args.json").exists():
+            last = Path(args.out, "last.pt")
+            kept = f"{last} holds all finished epochs" if last.exists() else "no epoch is finished"
+            message += f": {kept}; the same command with --out {args.out} --resume goes on"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -191,7 +192,7 @@ def attacking(model, x, bn="eval"):
     """Surrounds every attack on x: BatchNorm uses its running ("eval") or the batch's ("train")
     statistics and updates none; modes are restored. ValueError unless 0 <= x <= 1."""
     inside = ((x >= 0) & (x <= 1)).all()
-    if x.device.type != "cpu":
+    if x.device.type == "cuda":
         torch._assert_async(inside)  # does not make the host wait
     elif not inside:
         raise ValueError("attacks take pictures in [0, 1]: normalise inside the model")
@@ -481,11 +482,7 @@ class Run:
                             f"keeps epoch {self.epoch}: try a lower --lr, or --precision fp32")
         clean, pgd = accuracy(self.model, *self.data.val, self.pgd(10))
         self.epoch += 1
-        say(f"{self.epoch:5}  {lr:6.4f}  {loss:6.3f}  {clean:11.1f}  {pgd:12.1f}  {seconds:7.1f}")
-        if self.rows and pgd < self.rows[-1]["val_pgd"] - 20:
-            say("warning: PGD accuracy fell by more than 20 points, perhaps by catastrophic "
-                "overfitting: try a smaller --alpha or more attack steps; best.pt is from before")
-        best = all(pgd > row["val_pgd"] for row in self.rows)
+        before = [row["val_pgd"] for row in self.rows]
         self.rows.append(dict(epoch=self.epoch, lr=lr, loss=loss.item(), val_clean=clean,
                               val_pgd=pgd, seconds=seconds))
         if RANK == 0:
@@ -495,10 +492,14 @@ class Run:
             mean, std = self.model.mean.flatten().tolist(), self.model.std.flatten().tolist()
             state = dict(model=self.model.state_dict(), mean=mean, std=std, args=vars(self.args),
                          classes=self.data.classes, epoch=self.epoch, rows=self.rows)
-            if best:
+            if pgd > max(before, default=-1):
                 save(state, self.folder / "best.pt")
             state |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
             save(state, self.folder / "last.pt")
+        say(f"{self.epoch:5}  {lr:6.4f}  {loss:6.3f}  {clean:11.1f}  {pgd:12.1f}  {seconds:7.1f}")
+        if before and pgd < before[-1] - 20:
+            say("warning: PGD accuracy fell by more than 20 points, perhaps by catastrophic "
+                "overfitting: try a smaller --alpha or more attack steps; best.pt is from before")
 
     def finish(self):
         """Tests best.pt and last.pt: prints both and their difference, writes result.json."""

@@ -94,8 +94,8 @@ def read_torchvision(dataset, data_dir):
         raise UserError(f"torchvision reads {dataset} with SciPy: pip install scipy") from error
     except Exception as error:  # no network, bad checksum, broken archive: the remedy is the same
         reason = " ".join(str(error).split())
-        raise UserError(f"cannot download {dataset} ({reason}): put {files} into {data_dir} (set by "
-                        "--data-dir) by hand, or take --dataset shapes, which needs no download"
+        raise UserError(f"cannot download {dataset} ({reason}): put {files} by hand into "
+                        f"{data_dir} (--data-dir), or take --dataset shapes: it needs no download"
                         ) from error
     out = []
     for part in parts:

@@ -97,18 +97,17 @@ def evaluate(path, args, read_data):
         return row, None
     index = torch.stack([(y == c).nonzero()[0, 0] for c in y.unique()[:10]])
     pictures, labels = x[index].float() / 255, y[index]
-    attack, = list(attacks(args, eps, norm).values())[:1]
-    with common.exact(model), torch.no_grad():
-        with torch.enable_grad():
-            attacked = attack(model, pictures, labels)
-        seen = [model(z).argmax(1).tolist() for z in (pictures, attacked)]
+    with common.exact(model):
+        attacked = attack(model, pictures, labels)
+        with torch.no_grad():
+            seen = [model(z).argmax(1).tolist() for z in (pictures, attacked)]
     words = [[data.classes[c] for c in each] for each in (labels.tolist(), *seen)]
     return row, (path, pictures, attacked, eps, *words)
 
 
 def draw_sheet(examples, file):
-    """For each model: clean pictures, the attack's perturbation (+-eps as black and white) and their
-    sum, each under the class that the model sees."""
+    """For each model: clean pictures, the perturbation (-eps black, +eps white) and their sum, each
+    under the class that the model sees in it."""
     from matplotlib.figure import Figure
     columns = max(len(example[1]) for example in examples)
     figure = Figure(figsize=(1.15 * columns + 1.3, 3.9 * len(examples)), layout="constrained")
@@ -116,16 +115,17 @@ def draw_sheet(examples, file):
         path, clean, attacked, eps, truth, seen, seen_attacked = example
         part.suptitle(path)
         axes = part.subplots(3, columns, squeeze=False)
-        noise = 0.5 + (attacked - clean) / (2 * eps)
-        for row, (name, pictures, classes) in enumerate([
-                ("clean", clean, seen), ("attack", noise, None), ("attacked", attacked, seen_attacked)]):
-            axes[row, 0].set_ylabel(name, fontsize=11)
-            for ax, picture, i in zip(axes[row], pictures, range(columns)):
-                ax.imshow(picture.clamp(0, 1).permute(1, 2, 0).cpu())
+        noise = (0.5 + (attacked - clean) / (2 * eps)).clamp(0, 1)
+        rows = {"clean": (clean, seen), "attack": (noise, None),
+                "attacked": (attacked, seen_attacked)}
+        for line, (name, (pictures, classes)) in zip(axes, rows.items()):
+            line[0].set_ylabel(name, fontsize=11)
+            for i, picture in enumerate(pictures):
+                line[i].imshow(picture.permute(1, 2, 0).cpu().numpy())
                 if classes:
                     right = classes[i] == truth[i]
-                    ax.set_title(classes[i] if right else f"{classes[i]}!", fontsize=10,
-                                 color="#0072b2" if right else "#d55e00")
+                    line[i].set_title(classes[i] if right else f"{classes[i]}!", fontsize=10,
+                                      color="#0072b2" if right else "#d55e00")
         for ax in axes.flat:
             ax.set(xticks=[], yticks=[])
     Path(file).parent.mkdir(parents=True, exist_ok=True)

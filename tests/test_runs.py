@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 
@@ -207,7 +208,7 @@ def test_torchrun_shares_the_work(tmp_path):
 # --------------------------------------------------------------------------------------- bad input
 
 BAD = {
-    "--dataset imagenet-99": "imagenet-99.*one of cifar10.*shapes",
+    "--dataset imagenet-99": "no folder .*imagenet-99.*--dataset takes cifar10.*shapes",
     "--arch resnet19": "resnet19.*resnet18",
     "--device tpu9": "tpu9.*--device",
     "--eps 0": "--eps.*above 0 and at most 255", "--eps -3": "--eps.*above 0", "--eps 256": "--eps.*at most 255",
@@ -362,6 +363,12 @@ def test_bad_checkpoints(script, checkpoint, tmp_path):
 
 def test_evaluate_on_a_data_set_with_other_classes(script, checkpoint, folder):
     one_line(*script(evaluate, "run/best.pt", "--dataset", "pets")[::2], "10 classes.* 2: .*--dataset")
+
+
+def test_the_sheet_is_drawn(script, checkpoint, tmp_path):
+    assert script(evaluate, "run/best.pt", "run/last.pt", *FAST, "--sheet", "sheet.png")[0] == 0
+    picture = matplotlib.image.imread(tmp_path / "sheet.png")
+    assert min(picture.shape[:2]) > 500 and picture.std() > 0.1  # not blank
 
 
 def test_zero_gradients_are_noticed(script, checkpoint, tmp_path):
