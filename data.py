@@ -39,6 +39,10 @@ def load_data(dataset, data_dir, device, val_size=1):
         train, test, classes = read_folder(dataset, data_dir)
     if RANK == 0 and WORLD > 1:
         dist.barrier()
+    if min(train[0].shape[2:]) < 32:
+        height, width = train[0].shape[2:]
+        raise UserError(f"{dataset} has pictures of {width}x{height}, but the networks halve them up "
+                        "to five times: enlarge them to 32x32 or more")
     if val_size >= len(train[1]):
         raise UserError(f"--val-size {val_size} leaves none of {len(train[1])} training pictures")
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train[1])))
@@ -136,7 +140,10 @@ def read_folder(dataset, data_dir):
 
 def decode(paths, root, data_dir, loader):
     """The pictures at `paths`, uint8 N x 3 x H x W; decoded once, then cached in data_dir."""
-    stats = [(path, os.stat(path)) for path in paths]
+    try:
+        stats = [(path, os.stat(path)) for path in paths]
+    except OSError as error:  # Tiny ImageNet's list names a picture that is not there
+        raise UserError(f"{error.filename}: {error.strerror}") from None
     key = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats)
     key = hashlib.sha256(key.encode()).hexdigest()[:16]
     cache = Path(data_dir, f"{root.name}-{key}.pt")

@@ -330,6 +330,23 @@ def test_a_bad_folder_gets_one_clear_line(folder, tmp_path, fault):
     assert "\n" not in str(error.value)
 
 
+def test_a_listed_picture_that_is_missing(tmp_path):
+    root = tmp_path / "tiny-imagenet-200"
+    (root / "train" / "n01").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(root / "train" / "n01" / "0.JPEG")
+    (root / "val").mkdir()
+    (root / "val" / "val_annotations.txt").write_text("gone.JPEG\tn01\t0\t0\t62\t62\n")
+    with pytest.raises(common.UserError, match="gone.JPEG: No such file"):
+        data.read_folder("tiny-imagenet", str(tmp_path))
+
+
+def test_pictures_too_small_for_the_networks(folder, tmp_path):
+    for path in folder.rglob("*.png"):
+        Image.new("RGB", (32, 16)).save(path)
+    with pytest.raises(common.UserError, match="pictures of 32x16.*enlarge"):
+        data.load_data(str(folder), str(tmp_path), "cpu", 2)
+
+
 def test_too_large_a_held_out_part(folder, tmp_path):
     with pytest.raises(common.UserError, match="--val-size 16 leaves none of 16"):
         data.load_data(str(folder), str(tmp_path), "cpu", 16)
