@@ -82,7 +82,7 @@ def progress(what, total, done=0):
 # ---------------------------------------------------------------------------------------- options
 
 DATASETS = "cifar10, cifar100, svhn, stl10, tiny-imagenet, shapes"
-SHAPES_DEFAULTS = dict(arch="resnet10", width=16, epochs=6, batch_size=64, val_size=200)
+SHAPES_DEFAULTS = dict(arch="resnet10", width=16, epochs=5, batch_size=64, val_size=200)
 
 
 def number(kind, low, high=math.inf):
@@ -290,7 +290,7 @@ def accuracy(model, x, y, attack=None, batch_size=None, show=lambda done: None):
 
     attack(model, x, y) -> x_adv sees only the pictures that are right without it.
     """
-    size = batch_size or (128 if x.device.type == "cpu" else 1000)
+    size = batch_size or (64 if x.device.type == "cpu" else 1000)
     right, clean = torch.arange(len(y), device=y.device), None
     for perturb in (None, attack) if attack else (None,):
         kept, done = [], 0
@@ -492,7 +492,7 @@ class Run:
             mean, std = self.model.mean.flatten().tolist(), self.model.std.flatten().tolist()
             state = dict(model=self.model.state_dict(), mean=mean, std=std, args=vars(self.args),
                          classes=self.data.classes, epoch=self.epoch, rows=self.rows)
-            if pgd > max(before, default=-1):
+            if pgd >= max(before, default=0):  # of equals the later one
                 save(state, self.folder / "best.pt")
             state |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
             save(state, self.folder / "last.pt")
