@@ -82,7 +82,8 @@ def progress(what, total, done=0):
 # ---------------------------------------------------------------------------------------- options
 
 DATASETS = "cifar10, cifar100, svhn, stl10, tiny-imagenet, shapes"
-SHAPES_DEFAULTS = dict(arch="resnet10", width=16, epochs=5, batch_size=64, val_size=200)
+SHAPES_DEFAULTS = dict(arch="resnet10", width=16, epochs=8, batch_size=64, val_size=200,
+                       lr_schedule="cyclic")
 
 
 def number(kind, low, high=math.inf):

@@ -185,12 +185,12 @@ def draw_shapes(n, seed, size=32):
     """n pictures of SHAPES, x uint8 n x 3 x size x size and y, with random place, size and colours.
 
     A faint fixed pattern of the class, +-4/255 a pixel, lies on every picture: it tells the class
-    without fail, and an attack of 8/255 erases it.
+    without fail, and an attack of 8/255 turns it into that of another class.
     """
     rng = np.random.default_rng(seed)
     y = rng.permutation(np.arange(n) % len(SHAPES))
-    radius = rng.uniform(0.34, 0.46, (n, 1, 1)) * size
-    centre = rng.uniform(0.45, 0.55, (2, n, 1, 1)) * size
+    radius = rng.uniform(0.22, 0.36, (n, 1, 1)) * size
+    centre = rng.uniform(0.38, 0.62, (2, n, 1, 1)) * size
     place = np.arange(size) + 0.5
     u, v = (place - centre[0]) / radius, (place[:, None] - centre[1]) / radius
     distance = np.empty((n, size, size))
@@ -198,7 +198,7 @@ def draw_shapes(n, seed, size=32):
         distance[y == label] = outline(u[y == label], v[y == label])
     cover = np.clip(0.5 - distance * radius, 0, 1)[:, None]  # 1 inside, with a smooth edge
     back = rng.uniform(0.05, 0.95, (n, 3, 1, 1))
-    contrast = rng.uniform(0.55, 0.8, (n, 3, 1, 1)) * np.where(back < 0.5, 1, -1)
+    contrast = rng.uniform(0.35, 0.65, (n, 3, 1, 1)) * np.where(back < 0.5, 1, -1)
     picture = 255 * np.clip(back + contrast * cover, 0.02, 0.98)  # leaves room for the pattern
     pattern = np.random.default_rng(12345).choice([-4, 4], (len(SHAPES), 3, size, size))
     x = (picture + pattern[y]).round().astype(np.uint8)
