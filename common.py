@@ -6,6 +6,7 @@ and steps in pixels of 255; `pixels` divides by 255, once.
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -151,6 +152,7 @@ class TrainingParser(Parser):
         add("--milestones", type=share, nargs="+", default=[0.5, 0.75], help="parts of --epochs")
         add("--weight-decay", type=number(float, 0), default=5e-4, help="on all parameters")
         add("--val-size", type=count, default=1000, help="training pictures held out for best.pt")
+        add("--train-size", type=count, help="use only so many training pictures; None: all")
         add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
         add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), or one of torch's")
         add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
@@ -382,6 +384,9 @@ def load_model(path, device, arch=None, width=None, activation=None, data=None):
     settings, weights = (state["args"], state["model"]) if ours else ({}, state)
     classes, mean, std = ([state[key] for key in ("classes", "mean", "std")] if ours else
                           [data.classes, *statistics(data)])
+    if data and len(classes) != len(data.classes):
+        raise UserError(f"{path} tells {len(classes)} classes apart, the data set has "
+                        f"{len(data.classes)}: name the right --dataset")
     model = build_model(arch or settings["arch"], len(classes), width or settings.get("width"),
                         activation or settings.get("activation", "relu"), mean, std)
     try:
@@ -423,7 +428,11 @@ def claim_folder(args):
 
 class Run:
     """One training in its folder: args.json, log.csv, last.pt and best.pt after every epoch, and
-    result.json and curves.png at the end. With --resume it starts from last.pt."""
+    result.json and curves.png at the end. With --resume it starts from last.pt.
+
+    `models` are the networks that it evaluates and saves, by the prefix of their files: the one
+    that is trained, and any that a method keeps `beside` it.
+    """
 
     def __init__(self, args, data, model, optimizer, scaler):
         sizes, (n, _, height, width) = [f"{len(y):,}" for _, y in data[:3]], data.train[0].shape
@@ -433,7 +442,8 @@ class Run:
         if WORLD > 1:
             dist.broadcast_object_list(folder)
         self.args, self.folder, self.epoch, self.rows = args, folder[0], 0, []
-        self.data, self.model, self.optimizer, self.scaler = data, model, optimizer, scaler
+        self.pictures, self.models = data, {"": model}
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.steps, args.out = n // args.batch_size, str(self.folder)
         if args.resume and (self.folder / "last.pt").exists():
             state = load(self.folder / "last.pt", args.device)
@@ -441,6 +451,8 @@ class Run:
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             self.epoch, self.rows = state["epoch"], state["rows"]
+            for prefix, weights in state["beside"].items():
+                self.beside(prefix).load_state_dict(weights)
         cuda = args.device.startswith("cuda")
         self.about = dict(command=shlex.join(sys.argv), args=vars(args), versions=dict(
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
@@ -454,8 +466,16 @@ class Run:
             f"{width}x{height} in {len(data.classes)} classes; "
             f"{sum(p.numel() for p in model.parameters()):,} parameters")
         say(f"{self.folder}, from epoch {self.epoch + 1}")
-        say("epoch      lr    loss  val clean %  val PGD-10 %  seconds")
+        self.header = "epoch      lr    loss  val clean %  val PGD-10 %  seconds"
         self.progress = progress("step", args.epochs * self.steps, self.epoch * self.steps)
+
+    def beside(self, prefix):
+        """The network kept under `prefix`; at first a copy of the one that is trained."""
+        if prefix not in self.models:
+            self.models[prefix] = copy.deepcopy(self.model)
+            self.models[prefix].network = self.models[prefix].logits  # not the compiled one
+            self.models[prefix].dtype = torch.float32
+        return self.models[prefix]
 
     def now(self):
         torch.get_device_module(self.args.device).synchronize()
@@ -464,6 +484,9 @@ class Run:
     def start_epoch(self):
         """Seeds each epoch by its number: resuming then needs no state of random generators."""
         torch.manual_seed(self.args.seed + 1_000_003 * (self.epoch * WORLD + RANK + 1))
+        if self.header:
+            say(self.header)
+        self.header = None
         self.model.train()
         self.started = self.now()
 
@@ -477,55 +500,71 @@ class Run:
         """Held-out accuracy, a row of the log, checkpoints. `loss` is the epoch's mean, a tensor;
         UserError if it is not finite."""
         seconds = self.now() - self.started
-        average([loss, *(b for b in self.model.buffers() if b.is_floating_point())])
+        average([loss, *(buffer for model in self.models.values() for buffer in model.buffers()
+                         if buffer.is_floating_point())])
         if not math.isfinite(loss):
             raise UserError(f"the loss of epoch {self.epoch + 1} is {loss.item()}; {self.folder} "
                             f"keeps epoch {self.epoch}: try a lower --lr, or --precision fp32")
-        clean, pgd = accuracy(self.model, *self.data.val, self.pgd(10))
         self.epoch += 1
         before = [row["val_pgd"] for row in self.rows]
-        self.rows.append(dict(epoch=self.epoch, lr=lr, loss=loss.item(), val_clean=clean,
-                              val_pgd=pgd, seconds=seconds))
+        row = dict(epoch=self.epoch, lr=lr, loss=loss.item(), seconds=seconds)
+        self.rows.append(row)
+        for prefix, model in self.models.items():
+            clean, pgd = accuracy(model, *self.pictures.val, self.pgd(10))
+            row |= {f"{prefix}val_clean": clean, f"{prefix}val_pgd": pgd}
+            say(f"{self.epoch:5}  {lr:6.4f}  {loss:6.3f}  {clean:11.1f}  {pgd:12.1f}  "
+                f"{seconds:7.1f}  {prefix.strip('_')}".rstrip())
         if RANK == 0:
-            lines = [",".join(map(str, line)) for line in
-                     (self.rows[0], *(row.values() for row in self.rows))]
-            save("\n".join(lines) + "\n", self.folder / "log.csv")
-            mean, std = self.model.mean.flatten().tolist(), self.model.std.flatten().tolist()
-            state = dict(model=self.model.state_dict(), mean=mean, std=std, args=vars(self.args),
-                         classes=self.data.classes, epoch=self.epoch, rows=self.rows)
-            if pgd >= max(before, default=0):  # of equals the later one
-                save(state, self.folder / "best.pt")
-            state |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-            save(state, self.folder / "last.pt")
-        say(f"{self.epoch:5}  {lr:6.4f}  {loss:6.3f}  {clean:11.1f}  {pgd:12.1f}  {seconds:7.1f}")
-        if before and pgd < before[-1] - 20:
+            self.save_checkpoints()
+        if before and row["val_pgd"] < before[-1] - 20:
             say("warning: PGD accuracy fell by more than 20 points, perhaps by catastrophic "
                 "overfitting: try a smaller --alpha or more attack steps; best.pt is from before")
 
+    def save_checkpoints(self):
+        lines = [self.rows[-1], *([row.get(key, "") for key in self.rows[-1]] for row in self.rows)]
+        save("".join(",".join(map(str, line)) + "\n" for line in lines), self.folder / "log.csv")
+        mean, std = self.model.mean.flatten().tolist(), self.model.std.flatten().tolist()
+        for prefix, model in reversed(self.models.items()):  # last.pt, which resumes, comes last
+            state = dict(model=model.state_dict(), mean=mean, std=std, args=vars(self.args),
+                         classes=self.pictures.classes, epoch=self.epoch, rows=self.rows)
+            robust = [row.get(f"{prefix}val_pgd", 0) for row in self.rows]
+            if robust[-1] == max(robust):  # of equals the later one
+                save(state, self.folder / f"{prefix}best.pt")
+            if not prefix:
+                state |= dict(optimizer=self.optimizer.state_dict(),
+                              scaler=self.scaler.state_dict(),
+                              beside={p: m.state_dict() for p, m in self.models.items() if p})
+            save(state, self.folder / f"{prefix}last.pt")
+
     def finish(self):
-        """Tests best.pt and last.pt: prints both and their difference, writes result.json."""
+        """Tests best and last of each network: prints both and their difference, writes
+        result.json."""
         if RANK:
             return
-        scores, (x, y) = {}, self.data.test
-        for name in ("best", "last"):
-            state = load(self.folder / f"{name}.pt", self.args.device)
-            if name == "best" or state["epoch"] != scores["best"]["epoch"]:  # else the same weights
-                self.model.load_state_dict(state["model"])
-                show = progress(f"testing {name}.pt: picture", len(y))
-                clean, pgd = accuracy(self.model, x, y, self.pgd(20), show=show)
-            scores[name] = {k: state["rows"][-1][k] for k in ("epoch", "val_clean", "val_pgd")}
-            scores[name] |= dict(test_clean=clean, test_pgd=pgd)
-        best, last = scores.values()
-        scores["difference"] = {key: best[key] - last[key] for key in best}
-        say("\n            epoch  val clean %  val PGD-10 %  test clean %  test PGD-20 %")
-        for name, (epoch, *shares) in zip(scores, map(dict.values, scores.values())):
-            say(f"{name:10}  {epoch:5}  {'  '.join(f'{share:12.2f}' for share in shares)}")
+        scores, (x, y) = {}, self.pictures.test
+        say("\n               epoch  val clean %  val PGD-10 %  test clean %  test PGD-20 %")
+        for prefix, model in self.models.items():
+            for name in (f"{prefix}best", f"{prefix}last"):
+                state = load(self.folder / f"{name}.pt", self.args.device)
+                row = state["rows"][-1]
+                if name.endswith("best") or row["epoch"] != score["epoch"]:  # else the same weights
+                    model.load_state_dict(state["model"])
+                    show = progress(f"testing {name}.pt: picture", len(y))
+                    clean, pgd = accuracy(model, x, y, self.pgd(20), show=show)
+                score = dict(epoch=row["epoch"], val_clean=row[f"{prefix}val_clean"],
+                             val_pgd=row[f"{prefix}val_pgd"], test_clean=clean, test_pgd=pgd)
+                scores[name] = score
+            best = scores[f"{prefix}best"]
+            scores[f"{prefix}difference"] = {key: best[key] - score[key] for key in best}
+            for name in (f"{prefix}best", f"{prefix}last", f"{prefix}difference"):
+                epoch, *shares = scores[name].values()
+                say(f"{name:14} {epoch:5}  {'  '.join(f'{share:12.2f}' for share in shares)}")
         say(f"{len(y):,} test pictures; PGD: 1 restart, step eps/4; held-out PGD-10 chose best.pt")
-        seconds = sum(row["seconds"] for row in self.rows)
-        result = self.about | scores | dict(n_test=len(y), train_seconds=seconds)
+        result = self.about | scores | dict(n_test=len(y), train_seconds=sum(
+            row["seconds"] for row in self.rows))
         save(json.dumps(result, indent=1), self.folder / "result.json")
         plot_curves(self.rows, self.folder / "curves.png")
-        say(f"{self.folder} holds best.pt last.pt log.csv curves.png args.json result.json")
+        say(f"{self.folder} holds " + " ".join(sorted(file.name for file in self.folder.iterdir())))
 
 
 def plot_curves(rows, path):
@@ -535,8 +574,10 @@ def plot_curves(rows, path):
     (left, right), epochs = figure.subplots(1, 2), [row["epoch"] for row in rows]
     left.plot(epochs, [row["loss"] for row in rows], "o-", color="#555555")
     left.set(xlabel="epoch", ylabel="training loss")
-    right.plot(epochs, [row["val_clean"] for row in rows], "o-", label="clean")
-    right.plot(epochs, [row["val_pgd"] for row in rows], "s--", label="PGD-10")
+    for key in [key for key in rows[-1] if "val_" in key]:
+        label = key.replace("val_clean", "clean").replace("val_pgd", "PGD-10").replace("_", " ")
+        right.plot(epochs, [row.get(key, math.nan) for row in rows],
+                   "s--" if "pgd" in key else "o-", label=label)
     right.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 102))
     right.legend()
     for axes in (left, right):

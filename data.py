@@ -24,9 +24,10 @@ class Data(NamedTuple):
     flip: bool    # does a mirrored picture keep its class?
 
 
-def load_data(dataset, data_dir, device, val_size=1):
+def load_data(dataset, data_dir, device, val_size=1, train_size=None):
     """Reads or draws a data set, with the same held-out part for all seeds. UserError if it is bad.
 
+    With `train_size` only so many training pictures are kept, again the same for all seeds.
     Of torchrun's processes the first downloads and decodes while the others wait.
     """
     if RANK > 0:
@@ -46,7 +47,8 @@ def load_data(dataset, data_dir, device, val_size=1):
     if val_size >= len(train[1]):
         raise UserError(f"--val-size {val_size} leaves none of {len(train[1])} training pictures")
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train[1])))
-    val, train = ([t[index] for t in train] for index in (order[:val_size], order[val_size:]))
+    order = order[:val_size], order[val_size:][:train_size]
+    val, train = ([t[index] for t in train] for index in order)
     parts = [(x.to(device), y.to(device)) for x, y in (train, val, test)]
     return Data(*parts, classes, flip=dataset not in ("svhn", "shapes"))
 

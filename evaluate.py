@@ -76,11 +76,6 @@ def evaluate(path, args, read_data):
                                         args.activation, data)
     if data is None:
         data = read_data(settings["dataset"], args.data_dir or settings["data_dir"])
-    with torch.no_grad():
-        classes = model.eval()(data.test[0][:1].float()).shape[1]
-    if classes != len(data.classes):
-        raise common.UserError(f"{path} tells {classes} classes apart, the data set has "
-                               f"{len(data.classes)}: name the right --dataset")
     eps, norm = args.eps or settings.get("eps", 8 / 255), args.norm or settings.get("norm", "linf")
     x, y = data.test
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(args.seed)).to(y.device)
