@@ -512,10 +512,12 @@ class Run:
         for prefix, model in self.models.items():
             clean, pgd = accuracy(model, *self.pictures.val, self.pgd(10))
             row |= {f"{prefix}val_clean": clean, f"{prefix}val_pgd": pgd}
-            say(f"{self.epoch:5}  {lr:6.4f}  {loss:6.3f}  {clean:11.1f}  {pgd:12.1f}  "
-                f"{seconds:7.1f}  {prefix.strip('_')}".rstrip())
         if RANK == 0:
             self.save_checkpoints()
+        for prefix in self.models:
+            clean, pgd = row[f"{prefix}val_clean"], row[f"{prefix}val_pgd"]
+            say(f"{self.epoch:5}  {lr:6.4f}  {loss:6.3f}  {clean:11.1f}  {pgd:12.1f}  "
+                f"{seconds:7.1f}  {prefix.strip('_')}".rstrip())
         if before and row["val_pgd"] < before[-1] - 20:
             say("warning: PGD accuracy fell by more than 20 points, perhaps by catastrophic "
                 "overfitting: try a smaller --alpha or more attack steps; best.pt is from before")

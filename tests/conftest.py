@@ -13,7 +13,8 @@ import common
 import models
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--dataset", "shapes", "--width", "8", "--epochs", "2", "--val-size", "20"]
+TINY = ["--dataset", "shapes", "--width", "8", "--epochs", "2", "--val-size", "20", "--batch-size",
+        "16"]
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def small_shapes(monkeypatch):
 
 @pytest.fixture
 def script(monkeypatch, capsys, tmp_path, small_shapes):
-    """script(module, *options) -> (exit status, stdout, stderr), within this process, in tmp_path."""
+    """script(module, *options) -> (exit status, stdout, stderr), in this process, in tmp_path."""
     monkeypatch.chdir(tmp_path)
 
     def run(module, *options):

@@ -19,7 +19,7 @@ def smooth_method(model, x, **kwargs):
 
 
 def recomputed(model, x, alpha, gamma=1.0, draws=1, y=None, alone=False):
-    """Algorithm 1 with eqs. (4.4) and (4.5) spelled out on probabilities, one draw of psi at a time."""
+    """Algorithm 1, eqs. (4.4) and (4.5) on probabilities, one draw of psi at a time."""
     model.eval()
     torch.manual_seed(3)
     f = model(x).detach()
@@ -47,7 +47,8 @@ def test_backward_smoothing_is_algorithm_1(model, batch, options):
     x = batch[0].double()
     x_adv = smooth_method(model, x, **options)
     names = {"random_points": "draws"}
-    expected = recomputed(model, x, **{"alpha": EPS} | {names.get(k, k): v for k, v in options.items()})
+    options = {"alpha": EPS} | {names.get(k, k): v for k, v in options.items()}
+    expected = recomputed(model, x, **options)
     assert torch.allclose(x_adv, expected, atol=1e-12)
     assert (x_adv - x).abs().max() > EPS / 3  # it does move
 
@@ -59,7 +60,8 @@ def test_smoothing_descends_and_the_attack_ascends(model, batch):
     f, alpha = model(x).detach(), 1e-4
     torch.manual_seed(3)
     target = F.softmax(f + torch.empty(1, *f.shape).uniform_(-1, 1)[0], 1)
-    x_smooth, x_adv = smooth_method(model, x, alpha=alpha, alone=True), smooth_method(model, x, alpha=alpha)
+    x_smooth = smooth_method(model, x, alpha=alpha, alone=True)
+    x_adv = smooth_method(model, x, alpha=alpha)
     kl = backward_smoothing.kl
     assert kl(model(x_smooth), target) < kl(f, target)
     assert kl(model(x_adv), F.softmax(f, 1)) > kl(model(x_smooth), F.softmax(f, 1))
@@ -88,7 +90,8 @@ def test_the_smoothing_gradient_agrees_with_finite_differences(model, batch):
 def test_bounds(model, batch, norm):
     x, y = batch
     x[0], x[1] = 0, 1
-    for x_adv in (smooth_method(model, x, norm=norm), smooth_method(model, x, norm=norm, bn="train"),
+    for x_adv in (smooth_method(model, x, norm=norm),
+                  smooth_method(model, x, norm=norm, bn="train"),
                   common.pgd_attack(model, x, y, EPS, EPS / 2, 5, 2, norm),
                   common.random_start(x, EPS, norm)):
         delta = (x_adv - x).flatten(1)
@@ -186,7 +189,8 @@ def test_every_option_of_the_method_changes_the_loss(model, batch):
         torch.manual_seed(3)
         args = backward_smoothing.parse_args(["--dataset", "shapes", *options])
         return backward_smoothing.training_loss(model.train(), *batch, args).item()
-    options = [[], ["--gamma", "5"], ["--beta", "2"], ["--alpha", "2"], ["--random-points", "9"], ["--alone"],
+    options = [[], ["--gamma", "5"], ["--beta", "2"], ["--alpha", "2"],
+               ["--random-points", "9"], ["--alone"],
                ["--objective", "ce"], ["--norm", "l2"], ["--eps", "3"], ["--attack-bn", "train"]]
     assert len({loss(*each) for each in options}) == len(options)
 
@@ -218,7 +222,8 @@ def test_pgd_reaches_the_closed_form_on_a_linear_model(norm, loss):
     w, eps = 0.01 * torch.randn(3, 8, 8), 0.1
     x = torch.rand(5, 3, 8, 8) * 0.4 + 0.3  # away from the bounds of [0, 1]
     y = torch.tensor([0, 1, 0, 1, 0])
-    up = (w.sign() if norm == "linf" else w / w.norm()) * torch.where(y == 0, 1, -1).view(-1, 1, 1, 1)
+    up = w.sign() if norm == "linf" else w / w.norm()
+    up = up * torch.where(y == 0, 1, -1).view(-1, 1, 1, 1)
     x_adv = common.pgd_attack(Linear(w), x, y, eps, eps / 4, 40, norm=norm, loss=loss)
     assert torch.allclose(x_adv, x + eps * up, atol=1e-3 if norm == "l2" else 1e-6)
 
@@ -250,7 +255,8 @@ def test_random_start_is_uniform():
     noise = (common.random_start(x, 0.1) - x).flatten() / 0.1
     assert abs(noise.mean()) < 0.02 and noise.var().item() == pytest.approx(1 / 3, rel=0.02)
     radius = (common.random_start(x, 0.1, "l2") - x).flatten(1).norm(dim=1) / 0.1
-    assert (radius ** 12).mean().item() == pytest.approx(0.5, abs=0.02)  # r^12 is uniform in 12 dimensions
+    uniform = radius ** 12  # in 12 dimensions
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.02)
 
 
 def test_accuracy_counts_and_attacks_only_what_is_right():
@@ -276,4 +282,5 @@ def test_the_learning_rate():
     rates = [common.learning_rate(args, p) for p in (0, 0.49, 0.5, 0.74, 0.75, 1)]
     assert rates == pytest.approx([0.2, 0.2, 0.02, 0.02, 0.002, 0.002])
     args.lr_schedule = "cyclic"
-    assert [common.learning_rate(args, p) for p in (0, 0.25, 0.5, 1)] == pytest.approx([0, 0.1, 0.2, 0])
+    rates = [common.learning_rate(args, p) for p in (0, 0.25, 0.5, 1)]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0])

@@ -29,7 +29,8 @@ def test_augment_crops_each_picture_at_its_own_place_uniformly():
     """A picture that holds its own coordinates tells where it was cropped."""
     torch.manual_seed(0)
     grid = torch.arange(1, 33)
-    picture = torch.stack([grid[:, None].expand(32, 32), grid.expand(32, 32), torch.full((32, 32), 99)])
+    picture = torch.stack([grid[:, None].expand(32, 32), grid.expand(32, 32),
+                           torch.full((32, 32), 99)])
     x = data.augment(picture.byte().expand(8100, 3, 32, 32), flip=False) * 255
     rows, columns = x[:, 0, 16, 16].round().long() - 17, x[:, 1, 16, 16].round().long() - 17
     counts = torch.bincount((rows + 4) * 9 + columns + 4, minlength=81)
@@ -91,8 +92,10 @@ def test_shapes():
 def test_shapes_carry_a_faint_pattern_that_tells_the_class():
     """A matched filter for the pattern reads the class; eps 8/255 is enough to fake any other."""
     x, y = data.draw_shapes(2000, 0)
-    pattern = torch.from_numpy(np.random.default_rng(12345).choice([-4, 4], (10, 3, 32, 32))).float()
-    texture = x.float() - torch.nn.functional.avg_pool2d(x.float(), 3, 1, 1, count_include_pad=False)
+    pattern = np.random.default_rng(12345).choice([-4, 4], (10, 3, 32, 32))
+    pattern = torch.from_numpy(pattern).float()
+    mean = torch.nn.functional.avg_pool2d(x.float(), 3, 1, 1, count_include_pad=False)
+    texture = x.float() - mean
     scores = (texture.clamp(-12, 12)[:, None] * pattern).sum((2, 3, 4))
     assert (scores.argmax(1) == y).float().mean() > 0.9
     other = (y + 1) % 10
@@ -118,7 +121,8 @@ def server(tmp_path, monkeypatch):
     """Serves tmp_path/elsewhere over HTTP, from this machine to itself."""
     monkeypatch.setenv("no_proxy", "*")
     (tmp_path / "elsewhere").mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "elsewhere")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler,
+                                directory=tmp_path / "elsewhere")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -152,7 +156,8 @@ def write_cifar(root, monkeypatch, name, server):
     monkeypatch.setattr(cls, "meta", cls.meta | {"md5": meta[1]})
     for part, files in lists.items():
         monkeypatch.setattr(cls, part, files)
-    return {part: (np.concatenate([x for x, _ in p]).reshape(-1, 3, 32, 32), sum((y for _, y in p), []))
+    return {part: (np.concatenate([x for x, _ in p]).reshape(-1, 3, 32, 32),
+                   sum((y for _, y in p), []))
             for part, p in pictures.items()}
 
 
@@ -197,11 +202,12 @@ def write_svhn(root, monkeypatch):
 
 
 def test_svhn(tmp_path, monkeypatch):
-    """SciPy, which parses .mat files for torchvision, is replaced: what we do with them is tested."""
+    """SciPy, which parses .mat files for torchvision, is replaced: the rest is tested."""
     write_svhn(tmp_path, monkeypatch)
-    x = RNG.integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)  # as MATLAB keeps it; 10 is the digit 0
+    x = RNG.integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)  # as MATLAB keeps it; 10 is digit 0
     scipy, sio = types.ModuleType("scipy"), types.ModuleType("scipy.io")
-    scipy.io, sio.loadmat = sio, lambda path: {"X": x, "y": np.array([[1], [10], [3], [9]], np.uint8)}
+    y = np.array([[1], [10], [3], [9]], np.uint8)
+    scipy.io, sio.loadmat = sio, lambda path: {"X": x, "y": y}
     monkeypatch.setitem(sys.modules, "scipy", scipy)
     monkeypatch.setitem(sys.modules, "scipy.io", sio)
     train, test, classes = data.read_torchvision("svhn", str(tmp_path))
@@ -220,7 +226,8 @@ def test_svhn_without_scipy(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["missing", "cut short"])
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
-def test_a_failed_download_names_the_file_the_folder_and_shapes(tmp_path, monkeypatch, name, fault, server):
+def test_a_failed_download_names_the_file_the_folder_and_shapes(tmp_path, monkeypatch, name, fault,
+                                                                server):
     write_cifar(tmp_path, monkeypatch, name, server)
     cls = getattr(torchvision.datasets, name)
     file = tmp_path / "elsewhere" / cls.filename
@@ -240,7 +247,7 @@ def test_the_files_named_in_messages_are_torchvisions():
         assert files == expected
 
 
-# -------------------------------------------------------------------------------- folders of pictures
+# ---------------------------------------------------------------------------- folders of pictures
 
 def read(folder, tmp_path):
     return data.read_folder(str(folder), str(tmp_path / "cache"))
@@ -251,7 +258,8 @@ def test_a_folder_is_decoded_once(folder, tmp_path, capsys):
     assert "decoding 24 pictures" in capsys.readouterr().out
     assert classes == ["cat", "dog"] and y.tolist() == [0] * 8 + [1] * 8 and len(y_test) == 8
     assert np.array_equal(x[9].permute(1, 2, 0), np.asarray(Image.open(folder / "train/dog/1.png")))
-    assert np.array_equal(x_test[0].permute(1, 2, 0), np.asarray(Image.open(folder / "test/cat/0.png")))
+    picture = np.asarray(Image.open(folder / "test/cat/0.png"))
+    assert np.array_equal(x_test[0].permute(1, 2, 0), picture)
     again = read(folder, tmp_path)
     assert "decoding" not in capsys.readouterr().out  # from the cache
     assert torch.equal(again[0][0], x) and torch.equal(again[1][0], x_test)
@@ -286,13 +294,15 @@ def test_tiny_imagenet(tmp_path):
     root = tmp_path / "tiny-imagenet-200"
     for wnid in ("n01", "n02"):
         (root / "train" / wnid / "images").mkdir(parents=True)
-        Image.new("RGB", (64, 64), (1, 2, 3)).save(root / "train" / wnid / "images" / f"{wnid}_0.JPEG")
+        picture = Image.new("RGB", (64, 64), (1, 2, 3))
+        picture.save(root / "train" / wnid / "images" / f"{wnid}_0.JPEG")
     (root / "val" / "images").mkdir(parents=True)
     (root / "test" / "images").mkdir(parents=True)  # has no labels
     for i in range(3):
         Image.new("RGB", (64, 64), (9, 9, i)).save(root / "val" / "images" / f"val_{i}.JPEG")
     (root / "val" / "val_annotations.txt").write_text(
-        "".join(f"val_{i}.JPEG\t{wnid}\t0\t0\t62\t62\n" for i, wnid in enumerate(["n02", "n01", "n02"])))
+        "".join(f"val_{i}.JPEG\t{wnid}\t0\t0\t62\t62\n"
+                for i, wnid in enumerate(["n02", "n01", "n02"])))
     train, (x, y), classes = data.read_folder("tiny-imagenet", str(tmp_path))
     assert classes == ["n01", "n02"] and train[0].shape == (2, 3, 64, 64)
     assert x.shape == (3, 3, 64, 64) and y.tolist() == [1, 0, 1]
@@ -316,7 +326,8 @@ def break_folder(folder, fault):
         Image.new("RGB", (20, 40)).save(folder / "train/dog/3.png")
 
 
-FAULTS = {"no train": "no folder .*train: .*train/CLASS", "no test": "no folder .*val: .*test/CLASS",
+FAULTS = {"no train": "no folder .*train: .*train/CLASS",
+          "no test": "no folder .*val: .*test/CLASS",
           "empty class": "bird", "strange class": "train/ lacks: horse",
           "broken picture": r"dog/3.png is broken", "no picture": r"dog/3.png is broken",
           "sizes": r"dog/3.png is 20x40, but .*cat/0.png is 32x32: .*resize"}
