@@ -42,6 +42,7 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), or one of torch's")
     add("--out", metavar="DIR", help="folder of result.json; None: the next free runs/evaluation-N")
     add("--sheet", metavar="FILE", help="also draw a picture of each class, attacked")
+    add("--curves", metavar="FILE", help="also draw the training of all of them together")
     return parser.parse_args(argv)
 
 
@@ -127,6 +128,36 @@ def draw_sheet(examples, file):
     figure.savefig(file, dpi=100)
 
 
+def draw_curves(paths, file):
+    """Held-out clean and PGD-10 accuracy of each checkpoint's run, against the epoch and against
+    the seconds of training. UserError for a checkpoint without a run."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    by_epoch, by_time = figure.subplots(1, 2, sharey=True)
+    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
+    for i, path in enumerate(paths):
+        rows, colour = common.load(path).get("rows"), colours[i % len(colours)]
+        if not rows:
+            raise common.UserError(f"{path} comes without the log that --curves draws")
+        seconds = np.cumsum([row["seconds"] for row in rows])
+        prefix = "swa_" if Path(path).name.startswith("swa_") else ""
+        kept = [i for i, row in enumerate(rows) if f"{prefix}val_pgd" in row]
+        epochs, seconds = [rows[i]["epoch"] for i in kept], seconds[kept]
+        clean, pgd = ([rows[i][f"{prefix}val_{key}"] for i in kept] for key in ("clean", "pgd"))
+        label = Path(path).parent.name + " (average)" * bool(prefix)
+        by_epoch.plot(epochs, clean, ":", color=colour)
+        by_epoch.plot(epochs, pgd, "-", color=colour, label=label, linewidth=2)
+        by_time.plot(seconds, pgd, "-", color=colour, linewidth=2)
+    by_epoch.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 102),
+                 title="PGD-10 (solid) and clean (dotted)")
+    by_time.set(xlabel="training time (s)", title="PGD-10")
+    by_epoch.legend()
+    for axes in (by_epoch, by_time):
+        axes.grid(alpha=0.3)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
+
+
 def table(rows):
     """Rows, dicts with the same keys, as aligned text."""
     cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
@@ -143,6 +174,8 @@ def main(args):
     if (folder / "result.json").exists():
         raise common.UserError(f"{folder} holds a result, which is never overwritten: take "
                                "another --out")
+    if args.curves:
+        draw_curves(args.checkpoints, args.curves)
     read_data = functools.cache(lambda dataset, data_dir: load_data(dataset, data_dir, args.device))
     rows, examples = zip(*[evaluate(path, args, read_data) for path in args.checkpoints])
     print(table(rows))

@@ -542,6 +542,17 @@ def test_the_sheet_is_drawn(script, checkpoint, tmp_path):
     assert min(picture.shape[:2]) > 500 and picture.std() > 0.1  # not blank
 
 
+def test_the_curves_of_several_runs_are_drawn(script, checkpoint, tmp_path):
+    script(kd_swa, *TINY, "--kd", "none", "--steps", 1, "--out", "kd")
+    paths = ["run/best.pt", "kd/last.pt", "kd/swa_last.pt"]
+    assert script(evaluate, *paths, *FAST, "--curves", "pictures/curves.png")[0] == 0
+    picture = matplotlib.image.imread(tmp_path / "pictures/curves.png")
+    assert min(picture.shape[:2]) > 300 and picture.std() > 0.02
+    torch.save(weights(checkpoint), tmp_path / "bare.pth")
+    options = ["--arch", "resnet10", "--width", 8, "--dataset", "shapes", "--curves", "x.png"]
+    one_line(*script(evaluate, "bare.pth", *options)[::2], "bare.pth comes without the log")
+
+
 def test_zero_gradients_are_noticed(script, checkpoint, tmp_path):
     """Logits a million times larger saturate the softmax, so that no gradient is left to follow."""
     state = torch.load(checkpoint, weights_only=True)
