@@ -132,7 +132,7 @@ def draw_curves(paths, file):
     """Held-out clean and PGD-10 accuracy of each checkpoint's run, against the epoch and against
     the seconds of training. UserError for a checkpoint without a run."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     by_epoch, by_time = figure.subplots(1, 2, sharey=True)
     colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
     for i, path in enumerate(paths):
@@ -151,7 +151,7 @@ def draw_curves(paths, file):
     by_epoch.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 102),
                  title="PGD-10 (solid) and clean (dotted)")
     by_time.set(xlabel="training time (s)", title="PGD-10")
-    by_epoch.legend()
+    figure.legend(loc="outside lower center", ncols=4)
     for axes in (by_epoch, by_time):
         axes.grid(alpha=0.3)
     Path(file).parent.mkdir(parents=True, exist_ok=True)

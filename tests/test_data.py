@@ -104,6 +104,12 @@ def test_shapes_carry_a_faint_pattern_that_tells_the_class():
     assert (scores.argmax(1) == other).float().mean() > 0.9
 
 
+def test_a_smaller_training_set_is_a_part_of_the_whole():
+    whole, part = (data.load_data("shapes", "", "cpu", 50, size) for size in (None, 70))
+    assert torch.equal(part.train[0], whole.train[0][:70]) and len(part.train[1]) == 70
+    assert torch.equal(part.val[0], whole.val[0]) and torch.equal(part.test[0], whole.test[0])
+
+
 def test_held_out_pictures_are_the_same_for_every_run_and_not_trained_on():
     shapes = data.load_data("shapes", "", "cpu", 50)
     again = data.load_data("shapes", "", "cpu", 50)
