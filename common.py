@@ -542,7 +542,7 @@ class Run:
         """Tests best and last of each network: prints both and their difference, writes
         result.json."""
         if RANK:
-            return
+            return dist.barrier()  # until process 0 has written it
         scores, (x, y) = {}, self.pictures.test
         say("\n               epoch  val clean %  val PGD-10 %  test clean %  test PGD-20 %")
         for prefix, model in self.models.items():
@@ -567,6 +567,8 @@ class Run:
         save(json.dumps(result, indent=1), self.folder / "result.json")
         plot_curves(self.rows, self.folder / "curves.png")
         say(f"{self.folder} holds " + " ".join(sorted(file.name for file in self.folder.iterdir())))
+        if WORLD > 1:
+            dist.barrier()
 
 
 def plot_curves(rows, path):

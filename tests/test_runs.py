@@ -360,15 +360,18 @@ def test_ctrl_c_says_how_to_resume(tmp_path):
     assert "interrupted: run/last.pt holds" in err and "--out run --resume" in err
 
 
-def test_torchrun_shares_the_work(tmp_path):
+@pytest.mark.parametrize("name, options", [("backward_smoothing.py", []),
+                                           ("kd_swa.py", ["--teacher-epochs", "1"])])
+def test_torchrun_shares_the_work(tmp_path, name, options):
     """Two processes: one folder, and weights that are finite and saved once."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
-         ROOT / "backward_smoothing.py", *TINY, "--epochs", "1", "--out", "run"],
+         ROOT / name, *TINY, "--epochs", "1", "--out", "run", *options],
         cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test pictures; PGD") == 1
+    assert done.stdout.count("test pictures; PGD") == (1 if not options else 3)  # two teachers
     assert json.loads((tmp_path / "run/args.json").read_text())["args"]["processes"] == 2
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run/last.pt").values())
 
 
 # --------------------------------------------------------------------------------------- bad input
@@ -562,6 +565,18 @@ def test_zero_gradients_are_noticed(script, checkpoint, tmp_path):
     out = script(evaluate, "run/best.pt", "masked.pt", *FAST)[1]
     assert re.search(r"warning: masked.pt: \d.*exactly 0", out)
     assert "warning: run/best.pt" not in out
+
+
+def test_the_benchmark_prints_a_row_for_each_method(monkeypatch, capsys, tmp_path):
+    import benchmark
+    words = "--arch resnet10 --width 8 --batch-size 2 --steps 1 --json rows.json".split()
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    monkeypatch.chdir(tmp_path)
+    benchmark.main()
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == list(benchmark.METHODS)
+    assert all(row["measured"] > 0 for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
 
 # -------------------------------------------------------------------------------------- the README
