@@ -152,6 +152,7 @@ def draw_curves(paths, file):
                  title="PGD-10 (solid) and clean (dotted)")
     by_time.set(xlabel="training time (s)", title="PGD-10")
     figure.legend(loc="outside lower center", ncols=4)
+    by_epoch.xaxis.get_major_locator().set_params(integer=True)
     for axes in (by_epoch, by_time):
         axes.grid(alpha=0.3)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
