@@ -107,7 +107,8 @@ def training_loss(model, x, y, args):
                                        args.attack_bn)
     x_adv.requires_grad_()
     loss = F.cross_entropy(model(x_adv), y)
-    v = inside * torch.autograd.grad(loss, x_adv, retain_graph=True)[0]
+    v, = torch.autograd.grad(len(x) * loss, x_adv, retain_graph=True)  # summed, for fp16
+    v = inside * v / len(x)
     if args.hessian_aware:
         v, gradient = curvature_step(model, x_adv, y, v, inside, args.lmbda, args.attack_bn)
     implicit = (gradient * v).sum()
