@@ -381,12 +381,10 @@ def load_model(path, device, arch=None, width=None, activation=None, data=None):
     ours = "args" in state
     if not ours and not (arch and data):
         raise UserError(f"{path} does not say what it is: name its --arch and --dataset")
-    settings, weights = (state["args"], state["model"]) if ours else ({}, state)
     classes, mean, std = ([state[key] for key in ("classes", "mean", "std")] if ours else
                           [data.classes, *statistics(data)])
-    if data and len(classes) != len(data.classes):
-        raise UserError(f"{path} tells {len(classes)} classes apart, the data set has "
-                        f"{len(data.classes)}: name the right --dataset")
+    settings = state["args"] | dict(classes=classes) if ours else {}
+    weights = state["model"] if ours else state
     model = build_model(arch or settings["arch"], len(classes), width or settings.get("width"),
                         activation or settings.get("activation", "relu"), mean, std)
     try:
@@ -397,6 +395,14 @@ def load_model(path, device, arch=None, width=None, activation=None, data=None):
         detail = str(error).splitlines()[-1].strip()
         raise UserError(f"{path} holds another architecture ({detail})") from None
     return model.to(device, memory_format=torch.channels_last), settings
+
+
+def check_classes(path, settings, data):
+    """UserError where a checkpoint knows another number of classes than the data set has."""
+    n = len(settings.get("classes", data.classes))
+    if n != len(data.classes):
+        raise UserError(f"{path} tells {n} classes apart, the data set has {len(data.classes)}: "
+                        "name the right --dataset")
 
 
 def claim_folder(args):

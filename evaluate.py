@@ -77,6 +77,7 @@ def evaluate(path, args, read_data):
                                         args.activation, data)
     if data is None:
         data = read_data(settings["dataset"], args.data_dir or settings["data_dir"])
+    common.check_classes(path, settings, data)
     eps, norm = args.eps or settings.get("eps", 8 / 255), args.norm or settings.get("norm", "linf")
     x, y = data.test
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(args.seed)).to(y.device)
@@ -136,9 +137,10 @@ def draw_curves(paths, file):
     by_epoch, by_time = figure.subplots(1, 2, sharey=True)
     colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
     for i, path in enumerate(paths):
-        rows, colour = common.load(path).get("rows"), colours[i % len(colours)]
-        if not rows:
+        state, colour = common.load(path), colours[i % len(colours)]
+        if "rows" not in state:
             raise common.UserError(f"{path} comes without the log that --curves draws")
+        rows = state["rows"]
         seconds = np.cumsum([row["seconds"] for row in rows])
         prefix = "swa_" if Path(path).name.startswith("swa_") else ""
         kept = [i for i, row in enumerate(rows) if f"{prefix}val_pgd" in row]

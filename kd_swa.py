@@ -116,8 +116,9 @@ def find_teachers(args, data, run):
                                ("std", args.lambda2, args.std_teacher)):
         if args.kd in ("both", kind):
             path = path or train_teacher(args, kind, run.folder / f"{kind}-teacher")
-            teacher, _ = common.load_model(path, args.device, args.arch, args.width,
-                                           args.activation, data)
+            teacher, settings = common.load_model(path, args.device, args.arch, args.width,
+                                                  args.activation, data)
+            common.check_classes(path, settings, data)
             teacher.eval().requires_grad_(False).dtype = run.model.dtype
             found.append((weight, lambda x_adv, y, teacher=teacher: teacher(x_adv)))
     return found

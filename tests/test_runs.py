@@ -552,8 +552,19 @@ def test_the_curves_of_several_runs_are_drawn(script, checkpoint, tmp_path):
     picture = matplotlib.image.imread(tmp_path / "pictures/curves.png")
     assert min(picture.shape[:2]) > 300 and picture.std() > 0.02
     torch.save(weights(checkpoint), tmp_path / "bare.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
     options = ["--arch", "resnet10", "--width", 8, "--dataset", "shapes", "--curves", "x.png"]
-    one_line(*script(evaluate, "bare.pth", *options)[::2], "bare.pth comes without the log")
+    for name in ("bare.pth", "list.pth"):
+        one_line(*script(evaluate, name, *options)[::2], f"{name} comes without the log")
+
+
+def test_evaluate_notices_that_the_folder_has_other_classes_than_in_training(script, folder):
+    script(backward_smoothing, "--dataset", "pets", "--arch", "resnet10", "--width", 8, "--epochs",
+           1, "--batch-size", 4, "--val-size", 4, "--out", "run")
+    for part in ("train", "test"):
+        (folder / part / "fox").mkdir()
+        (folder / part / "cat/0.png").rename(folder / part / "fox/0.png")
+    one_line(*script(evaluate, "run/best.pt", *FAST)[::2], "2 classes.* 3: .*--dataset")
 
 
 def test_zero_gradients_are_noticed(script, checkpoint, tmp_path):
