@@ -1,4 +1,4 @@
-"""What the method scripts share: options, attack steps, PGD, checkpoints and run bookkeeping.
+"""What the method scripts share: options, attacks, the network's preparation, and checkpoints.
 
 Pictures are floats in [0, 1], N x 3 x H x W, except where uint8 is said. The command line takes eps
 and steps in pixels of 255; `pixels` divides by 255, once.
@@ -6,22 +6,15 @@ and steps in pixels of 255; `pixels` divides by 255, once.
 
 import argparse
 import contextlib
-import copy
-import json
 import math
 import os
-import platform
-import shlex
 import sys
-import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 from models import ACTIVATIONS, ARCHS, build_model
@@ -310,7 +303,7 @@ def accuracy(model, x, y, attack=None, batch_size=None, show=lambda done: None):
     return clean, 100 * len(right) / len(y)
 
 
-# ------------------------------------------------------------------------------- run bookkeeping
+# ----------------------------------------------------------------- preparation and checkpoints
 
 def prepare_model(args, data):
     """The network that args ask for, ready for training, with the data's mean and deviation."""
@@ -403,194 +396,3 @@ def check_classes(path, settings, data):
     if n != len(data.classes):
         raise UserError(f"{path} tells {n} classes apart, the data set has {len(data.classes)}: "
                         "name the right --dataset")
-
-
-def claim_folder(args):
-    """The folder of a new run, --out or the next free runs/NAME; with --resume, of an old one."""
-    name = f"{args.method}-{Path(args.dataset).name}-{args.arch}"
-    name += f"-eps{args.eps * 255:g}-seed{args.seed}"
-    folders = [Path("runs", name + f"-{i}" * (i > 1)) for i in range(1, 1000)]
-    folders = [Path(args.out)] if args.out else folders
-    held = [folder for folder in folders if (folder / "args.json").exists()]
-    unfinished = [folder for folder in held if not (folder / "result.json").exists()]
-    if args.resume:
-        if not held:
-            raise UserError(f"{folders[0]} holds no run to resume: leave out --resume")
-        folder, differ = (unfinished or held)[-1], []
-        before = json.loads((folder / "args.json").read_text())["args"]
-        for key, value in vars(args).items():
-            if key not in ("out", "resume", "data_dir", "device") and before.get(key) != value:
-                differ.append(f"--{key.replace('_', '-')} was {before.get(key)}, is {value}")
-        if differ:
-            raise UserError(f"{folder} was begun with other settings: {'; '.join(differ)}")
-        return folder
-    if args.out and held:
-        raise UserError(f"{args.out} holds a run, and no run is ever overwritten: take another "
-                        "--out, or add --resume to go on with it")
-    if unfinished:
-        say(f"{unfinished[-1]} is unfinished; --resume goes on with it")
-    return next(folder for folder in folders if folder not in held)
-
-
-class Run:
-    """One training in its folder: args.json, log.csv, last.pt and best.pt after every epoch, and
-    result.json and curves.png at the end. With --resume it starts from last.pt.
-
-    `models` are the networks that it evaluates and saves, by the prefix of their files: the one
-    that is trained, and any that a method keeps `beside` it.
-    """
-
-    def __init__(self, args, data, model, optimizer, scaler):
-        sizes, (n, _, height, width) = [f"{len(y):,}" for _, y in data[:3]], data.train[0].shape
-        if n < args.batch_size:
-            raise UserError(f"--batch-size {args.batch_size} exceeds the {n} training pictures")
-        folder = [claim_folder(args) if RANK == 0 else None]
-        if WORLD > 1:
-            dist.broadcast_object_list(folder)
-        self.args, self.folder, self.epoch, self.rows = args, folder[0], 0, []
-        self.pictures, self.models = data, {"": model}
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.steps, args.out = n // args.batch_size, str(self.folder)
-        if args.resume and (self.folder / "last.pt").exists():
-            state = load(self.folder / "last.pt", args.device)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            self.epoch, self.rows = state["epoch"], state["rows"]
-            for prefix, weights in state["beside"].items():
-                self.beside(prefix).load_state_dict(weights)
-        cuda = args.device.startswith("cuda")
-        self.about = dict(command=shlex.join(sys.argv), args=vars(args), versions=dict(
-            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-            torchvision=torchvision.__version__, threads=torch.get_num_threads(),
-            device=torch.cuda.get_device_name(args.device) if cuda else platform.machine()))
-        if RANK == 0 and not self.epoch:
-            save(json.dumps(self.about, indent=1), self.folder / "args.json")
-        say(textwrap.fill(" ".join(f"{key}={value}" for key, value in vars(args).items()), 100,
-                          break_long_words=False, break_on_hyphens=False))
-        say(f"{sizes[0]} training, {sizes[1]} held-out, {sizes[2]} test pictures of "
-            f"{width}x{height} in {len(data.classes)} classes; "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters")
-        say(f"{self.folder}, from epoch {self.epoch + 1}")
-        self.header = "epoch      lr    loss  val clean %  val PGD-10 %  seconds"
-        self.progress = progress("step", args.epochs * self.steps, self.epoch * self.steps)
-
-    def beside(self, prefix):
-        """The network kept under `prefix`; at first a copy of the one that is trained."""
-        if prefix not in self.models:
-            self.models[prefix] = copy.deepcopy(self.model)
-            self.models[prefix].network = self.models[prefix].logits  # not the compiled one
-            self.models[prefix].dtype = torch.float32
-        return self.models[prefix]
-
-    def now(self):
-        torch.get_device_module(self.args.device).synchronize()
-        return time.perf_counter()
-
-    def start_epoch(self):
-        """Seeds each epoch by its number: resuming then needs no state of random generators."""
-        torch.manual_seed(self.args.seed + 1_000_003 * (self.epoch * WORLD + RANK + 1))
-        if self.header:
-            say(self.header)
-        self.header = None
-        self.model.train()
-        self.started = self.now()
-
-    def pgd(self, steps):
-        """PGD as it is reported: one restart, step eps / 4, always the same noise."""
-        args, generator = self.args, torch.Generator(self.args.device).manual_seed(0)
-        return lambda model, x, y: pgd_attack(model, x, y, args.eps, args.eps / 4, steps,
-                                              norm=args.norm, generator=generator)
-
-    def end_epoch(self, lr, loss):
-        """Held-out accuracy, a row of the log, checkpoints. `loss` is the epoch's mean, a tensor;
-        UserError if it is not finite."""
-        seconds = self.now() - self.started
-        average([loss, *(buffer for model in self.models.values() for buffer in model.buffers()
-                         if buffer.is_floating_point())])
-        if not math.isfinite(loss):
-            raise UserError(f"the loss of epoch {self.epoch + 1} is {loss.item()}; {self.folder} "
-                            f"keeps epoch {self.epoch}: try a lower --lr, or --precision fp32")
-        self.epoch += 1
-        before = [row["val_pgd"] for row in self.rows]
-        row = dict(epoch=self.epoch, lr=lr, loss=loss.item(), seconds=seconds)
-        self.rows.append(row)
-        for prefix, model in self.models.items():
-            clean, pgd = accuracy(model, *self.pictures.val, self.pgd(10))
-            row |= {f"{prefix}val_clean": clean, f"{prefix}val_pgd": pgd}
-        if RANK == 0:
-            self.save_checkpoints()
-        for prefix in self.models:
-            clean, pgd = row[f"{prefix}val_clean"], row[f"{prefix}val_pgd"]
-            say(f"{self.epoch:5}  {lr:6.4f}  {loss:6.3f}  {clean:11.1f}  {pgd:12.1f}  "
-                f"{seconds:7.1f}  {prefix.strip('_')}".rstrip())
-        if before and row["val_pgd"] < before[-1] - 20:
-            say("warning: PGD accuracy fell by more than 20 points, perhaps by catastrophic "
-                "overfitting: try a smaller --alpha or more attack steps; best.pt is from before")
-
-    def save_checkpoints(self):
-        lines = [self.rows[-1], *([row.get(key, "") for key in self.rows[-1]] for row in self.rows)]
-        save("".join(",".join(map(str, line)) + "\n" for line in lines), self.folder / "log.csv")
-        mean, std = self.model.mean.flatten().tolist(), self.model.std.flatten().tolist()
-        for prefix, model in reversed(self.models.items()):  # last.pt, which resumes, comes last
-            state = dict(model=model.state_dict(), mean=mean, std=std, args=vars(self.args),
-                         classes=self.pictures.classes, epoch=self.epoch, rows=self.rows)
-            robust = [row.get(f"{prefix}val_pgd", 0) for row in self.rows]
-            if robust[-1] == max(robust):  # of equals the later one
-                save(state, self.folder / f"{prefix}best.pt")
-            if not prefix:
-                state |= dict(optimizer=self.optimizer.state_dict(),
-                              scaler=self.scaler.state_dict(),
-                              beside={p: m.state_dict() for p, m in self.models.items() if p})
-            save(state, self.folder / f"{prefix}last.pt")
-
-    def finish(self):
-        """Tests best and last of each network: prints both and their difference, writes
-        result.json."""
-        if RANK:
-            return dist.barrier()  # until process 0 has written it
-        scores, (x, y) = {}, self.pictures.test
-        say("\n               epoch  val clean %  val PGD-10 %  test clean %  test PGD-20 %")
-        for prefix, model in self.models.items():
-            for name in (f"{prefix}best", f"{prefix}last"):
-                state = load(self.folder / f"{name}.pt", self.args.device)
-                row = state["rows"][-1]
-                if name.endswith("best") or row["epoch"] != score["epoch"]:  # else the same weights
-                    model.load_state_dict(state["model"])
-                    show = progress(f"testing {name}.pt: picture", len(y))
-                    clean, pgd = accuracy(model, x, y, self.pgd(20), show=show)
-                score = dict(epoch=row["epoch"], val_clean=row[f"{prefix}val_clean"],
-                             val_pgd=row[f"{prefix}val_pgd"], test_clean=clean, test_pgd=pgd)
-                scores[name] = score
-            best = scores[f"{prefix}best"]
-            scores[f"{prefix}difference"] = {key: best[key] - score[key] for key in best}
-            for name in (f"{prefix}best", f"{prefix}last", f"{prefix}difference"):
-                epoch, *shares = scores[name].values()
-                say(f"{name:14} {epoch:5}  {'  '.join(f'{share:12.2f}' for share in shares)}")
-        say(f"{len(y):,} test pictures; PGD: 1 restart, step eps/4; held-out PGD-10 chose best.pt")
-        result = self.about | scores | dict(n_test=len(y), train_seconds=sum(
-            row["seconds"] for row in self.rows))
-        save(json.dumps(result, indent=1), self.folder / "result.json")
-        plot_curves(self.rows, self.folder / "curves.png")
-        say(f"{self.folder} holds " + " ".join(sorted(file.name for file in self.folder.iterdir())))
-        if WORLD > 1:
-            dist.barrier()
-
-
-def plot_curves(rows, path):
-    """Training loss, and held-out clean and PGD accuracy, against the epoch."""
-    from matplotlib.figure import Figure  # half a second to import
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    (left, right), epochs = figure.subplots(1, 2), [row["epoch"] for row in rows]
-    left.plot(epochs, [row["loss"] for row in rows], "o-", color="#555555")
-    left.set(xlabel="epoch", ylabel="training loss")
-    for key in [key for key in rows[-1] if "val_" in key]:
-        label = key.replace("val_clean", "clean").replace("val_pgd", "PGD-10").replace("_", " ")
-        right.plot(epochs, [row.get(key, math.nan) for row in rows],
-                   "s--" if "pgd" in key else "o-", label=label)
-    right.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 102))
-    right.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=120)

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+from bookkeeping import Run
 from data import batches, load_data
 
 
@@ -121,7 +122,7 @@ def train(args):
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
-    run = common.Run(args, data, model, optimizer, scaler)
+    run = Run(args, data, model, optimizer, scaler)
     for epoch in range(run.epoch, args.epochs):
         run.start_epoch()
         total = torch.zeros((), device=args.device)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 import common
 import fast_at
+from bookkeeping import Run
 from data import batches, load_data
 from trades import trades
 
@@ -158,7 +159,7 @@ def train(args):
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
-    run = common.Run(args, data, model, optimizer, scaler)
+    run = Run(args, data, model, optimizer, scaler)
     # --- method ---
     teachers = find_teachers(args, data, run)
     decay = args.milestones[0] if args.lr_schedule == "piecewise" else 0.5

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import backward_smoothing
+import bookkeeping
 import common
 import data
 import evaluate
@@ -95,14 +96,14 @@ def test_no_run_is_overwritten(script, tmp_path):
 
 def test_the_warning_about_catastrophic_overfitting(monkeypatch, script):
     results = iter([(90, 60), (90, 30), (90, 60), (90, 30)])
-    monkeypatch.setattr(common, "accuracy", lambda *args, **kwargs: next(results))
+    monkeypatch.setattr(bookkeeping, "accuracy", lambda *args, **kwargs: next(results))
     out = script(backward_smoothing, *TINY)[1]
     assert "warning: PGD accuracy fell" in out and "--alpha" in out
 
 
 def test_best_is_chosen_on_held_out_pictures(monkeypatch, script, tmp_path):
     results = iter([(50, 40), (60, 30), (50, 50), (50, 50)])
-    monkeypatch.setattr(common, "accuracy", lambda *args, **kwargs: next(results))
+    monkeypatch.setattr(bookkeeping, "accuracy", lambda *args, **kwargs: next(results))
     script(backward_smoothing, *TINY, "--out", "run")
     best, last = (torch.load(tmp_path / f"run/{name}.pt", weights_only=True)
                   for name in ("best", "last"))
@@ -255,14 +256,14 @@ def test_kd_swa_resumes_in_the_right_phase(script, tmp_path, monkeypatch, moment
     """Interrupted in the first teacher, in the second, and in the third epoch of three."""
     options = [*KD, "--epochs", 3, "--milestones", "0.3", "--lr-schedule", "piecewise", "--out"]
     script(kd_swa, *options, "whole")
-    start, starts = common.Run.start_epoch, []
+    start, starts = bookkeeping.Run.start_epoch, []
 
     def interrupt(run):
         starts.append(run.folder)
         if len(starts) == moment + 1:
             raise KeyboardInterrupt
         start(run)
-    monkeypatch.setattr(common.Run, "start_epoch", interrupt)
+    monkeypatch.setattr(bookkeeping.Run, "start_epoch", interrupt)
     status, _, err = script(kd_swa, *options, "run")
     assert status == 2 and "--out run --resume" in err
     status, out, err = script(kd_swa, *options, "run", "--resume")
