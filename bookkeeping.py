@@ -163,6 +163,8 @@ class Run:
             robust = [row.get(f"{prefix}val_pgd", 0) for row in self.rows]
             if robust[-1] == max(robust):  # of equals the later one
                 save(state, self.folder / f"{prefix}best.pt")
+            if self.args.keep_epochs:
+                save(state, self.folder / f"{prefix}epoch-{self.epoch}.pt")
             if not prefix:
                 state |= dict(optimizer=self.optimizer.state_dict(),
                               scaler=self.scaler.state_dict(), random=self.random,
@@ -196,26 +198,40 @@ class Run:
         result = self.about | scores | dict(n_test=len(y), train_seconds=sum(
             row["seconds"] for row in self.rows))
         save(json.dumps(result, indent=1), self.folder / "result.json")
-        plot_curves(self.rows, self.folder / "curves.png")
+        draw_curves([(f"{self.folder.name} {prefix}".strip(" _"), self.rows, prefix)
+                     for prefix in self.models]).savefig(self.folder / "curves.png", dpi=100)
         say(f"{self.folder} holds " + " ".join(sorted(file.name for file in self.folder.iterdir())))
         if WORLD > 1:
             dist.barrier()
 
 
-def plot_curves(rows, path):
-    """Training loss, and held-out clean and PGD accuracy, against the epoch."""
+# Okabe and Ito's, which the colour-blind can tell apart.
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
+
+
+def draw_curves(logs):
+    """A figure of several trainings: loss and held-out accuracy against the epoch, and accuracy
+    under attack against the seconds of training. logs: (name, rows, prefix of the network)."""
     from matplotlib.figure import Figure  # half a second to import
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    (left, right), epochs = figure.subplots(1, 2), [row["epoch"] for row in rows]
-    left.plot(epochs, [row["loss"] for row in rows], "o-", color="#555555")
-    left.set(xlabel="epoch", ylabel="training loss")
-    for key in [key for key in rows[-1] if "val_" in key]:
-        label = key.replace("val_clean", "clean").replace("val_pgd", "PGD-10").replace("_", " ")
-        right.plot(epochs, [row.get(key, math.nan) for row in rows],
-                   "s--" if "pgd" in key else "o-", label=label)
-    right.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 102))
-    right.legend()
-    for axes in (left, right):
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    loss, accuracies, by_time = figure.subplots(1, 3)
+    for colour, (name, rows, prefix) in zip(COLOURS * len(logs), logs):
+        seconds = np.cumsum([row["seconds"] for row in rows])
+        kept = [i for i, row in enumerate(rows) if f"{prefix}val_pgd" in row]
+        epochs, losses, clean, pgd = ([rows[i][key] for i in kept] for key in (
+            "epoch", "loss", f"{prefix}val_clean", f"{prefix}val_pgd"))
+        style = dict(color=colour, marker="o" * (len(kept) < 30), markersize=4)
+        loss.plot(epochs, losses, "-", **style, label=name)
+        accuracies.plot(epochs, clean, ":", **style)
+        accuracies.plot(epochs, pgd, "-", **style)
+        by_time.plot(seconds[kept], pgd, "-", **style)
+    loss.set(xlabel="epoch", ylabel="training loss")
+    accuracies.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 102),
+                   title="PGD-10 (solid), clean (dotted)")
+    by_time.set(xlabel="training time (s)", ylabel="held-out accuracy (%)", ylim=(0, 102),
+                title="PGD-10")
+    for axes in (loss, accuracies, by_time):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=120)
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure

@@ -6,6 +6,7 @@ and steps in pixels of 255; `pixels` divides by 255, once.
 
 import argparse
 import contextlib
+import ctypes
 import math
 import os
 import sys
@@ -17,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from models import ACTIVATIONS, ARCHS, build_model
+from models import ACTIVATIONS, ARCHS, build_model, canonical, folded
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
@@ -26,9 +27,19 @@ class UserError(Exception):
     """Bad input: one line that says what is wrong and what to do; `main` exits with status 2."""
 
 
+def keep_memory():
+    """Tells glibc to keep what is freed. Otherwise large tensors come and go with pages that the
+    system has to clear each time: up to a third of a step in fp32 on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(option, 2**31 - 1)
+
+
 def main(parse_args, run):
     """Runs a script, run(parse_args()); bad input and Ctrl-C end in one line and status 2."""
     args = argparse.Namespace(out=None)
+    keep_memory()
     try:
         args = parse_args()
         if WORLD > 1:
@@ -146,6 +157,7 @@ class TrainingParser(Parser):
         add("--weight-decay", type=number(float, 0), default=5e-4, help="on all parameters")
         add("--val-size", type=count, default=1000, help="training pictures held out for best.pt")
         add("--train-size", type=count, help="use only so many training pictures; None: all")
+        add("--keep-epochs", action="store_true", help="keep a checkpoint of every epoch")
         add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
         add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), or one of torch's")
         add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
@@ -208,30 +220,29 @@ def attacking(model, x, bn="eval"):
 
 @contextlib.contextmanager
 def exact(model):
-    """Eval mode, fp32, uncompiled, deterministic: how every reported number is computed."""
-    training, dtype, network = model.training, model.dtype, model.network
-    model.dtype, model.network = torch.float32, model.logits
-    try:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            yield model.eval()
-    finally:
-        model.dtype, model.network = dtype, network
-        model.train(training)
+    """How every reported number is computed: on a copy in fp32 and eval mode, not compiled, with
+    BatchNorm folded into the convolutions; deterministic, and without TF32."""
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield folded(model)
 
 
 def l2_norm(x):
     return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 
-def step(x_adv, gradient, x, eps, alpha, norm="linf"):
-    """P(x_adv + alpha direction): the gradient's sign for Linf, its direction for L2; then pulled
-    back into the eps-ball around x and into [0, 1]. alpha < 0 descends; units of [0, 1]."""
-    if norm == "linf":
-        delta = (x_adv.detach() + alpha * gradient.sign() - x).clamp(-eps, eps)
-    else:
-        delta = x_adv.detach() + alpha * gradient / l2_norm(gradient).clamp(min=1e-12) - x
-        delta *= eps / l2_norm(delta).clamp(min=eps)
+def project(x_adv, x, eps, norm="linf"):
+    """P: pulls x_adv back into the eps-ball around x, and into [0, 1]."""
+    delta = x_adv - x
+    delta = delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / l2_norm(delta).clamp(eps))
     return (x + delta).clamp(0, 1)
+
+
+def step(x_adv, gradient, x, eps, alpha, norm="linf"):
+    """P(x_adv + alpha direction): the gradient's sign for Linf, its direction for L2. alpha < 0
+    descends; units of [0, 1], one for all pictures or N x 1 x 1 x 1."""
+    direction = (gradient.sign() if norm == "linf" else
+                 gradient / l2_norm(gradient).clamp(min=1e-12))
+    return project(x_adv.detach() + alpha * direction, x, eps, norm)
 
 
 def random_start(x, eps, norm="linf", generator=None):
@@ -250,10 +261,10 @@ def cross_entropy(logits, y):
     return F.cross_entropy(logits, y, reduction="sum")
 
 
-def margin_loss(logits, y):
-    """Carlini & Wagner's margin, summed: the highest wrong logit minus the true one."""
+def margin(logits, y):
+    """Carlini & Wagner's margin, N: the highest wrong logit minus the true one."""
     true = F.one_hot(y, logits.shape[1]).bool()
-    return (logits.masked_fill(true, -math.inf).amax(1) - logits[true]).sum()
+    return logits.masked_fill(true, -math.inf).amax(1) - logits[true]
 
 
 def pgd_attack(model, x, y, eps, alpha, steps, restarts=1, norm="linf", loss="ce", generator=None):
@@ -263,7 +274,7 @@ def pgd_attack(model, x, y, eps, alpha, steps, restarts=1, norm="linf", loss="ce
     the earlier ones left right. Returns x_adv: the end of the restart that fooled the model, or
     of the last one. ValueError for x outside [0, 1].
     """
-    objective = {"ce": cross_entropy, "margin": margin_loss}[loss]
+    objective = {"ce": cross_entropy, "margin": lambda *args: margin(*args).sum()}[loss]
     x_adv, right = x.clone(), torch.arange(len(x), device=x.device)
     with attacking(model, x):
         for _ in range(restarts):
@@ -281,26 +292,147 @@ def pgd_attack(model, x, y, eps, alpha, steps, restarts=1, norm="linf", loss="ce
     return x_adv
 
 
-def accuracy(model, x, y, attack=None, batch_size=None, show=lambda done: None):
-    """Share in percent that is right, in fp32: (clean, under attack). x uint8 N x 3 x H x W.
+def dlr_loss(logits, y, target=None):
+    """Difference-of-logits ratio (Croce & Hein 2020), N: -(z_y - z_other) / (z_1 - z_3), where
+    z_1 >= z_2 >= ... are the sorted logits and other is the likeliest wrong class (eq. 6). With
+    targets N it is the target, over z_1 - (z_3 + z_4) / 2 (eq. 7). For 3 and 4 classes at least."""
+    first, _, third, *fourth = logits.topk(3 if target is None else 4).values.T
+    if target is None:
+        target = logits.scatter(1, y[:, None], -math.inf).argmax(1)
+    else:
+        third = (third + fourth[0]) / 2
+    true, other = (logits.gather(1, label[:, None])[:, 0] for label in (y, target))
+    return (other - true) / (first - third).clamp(min=1e-12)
 
-    attack(model, x, y) -> x_adv sees only the pictures that are right without it.
+
+def apgd_loss(logits, y, target=None, loss="ce"):
+    """What Auto-PGD climbs, N: cross-entropy or DLR, for a target minus its cross-entropy or the
+    targeted DLR. Fewer classes than DLR needs: cross-entropy."""
+    if loss == "dlr" and logits.shape[1] >= (3 if target is None else 4):
+        return dlr_loss(logits, y, target)
+    if target is None:
+        return F.cross_entropy(logits, y, reduction="none")
+    return -F.cross_entropy(logits, target, reduction="none")
+
+
+def apgd_checkpoints(steps):
+    """The iterations after which Auto-PGD looks back: w_j = ceil(p_j steps) (section 3.2)."""
+    before, now, found = 0.0, 0.22, []
+    while now <= 1:
+        found.append(math.ceil(now * steps - 1e-9))
+        before, now = now, now + max(now - before - 0.03, 0.06)
+    return found
+
+
+def must_halve(rises, steps, halved, best, best_before):
+    """Auto-PGD's rule for its step size, bool N: halve where fewer than 3/4 of the last `steps`
+    steps rose, or where neither the size nor the best value has changed since the last look."""
+    return (rises < 0.75 * steps) | ~halved & (best <= best_before)
+
+
+def apgd_attack(model, x, y, eps, steps=100, norm="linf", loss="ce", target=None, generator=None):
+    """Auto-PGD (Croce & Hein 2020, Algorithm 1), which finds its step size, from a random start.
+
+    x N x 3 x H x W in [0, 1], labels y, targets N or None, loss "ce" or "dlr"; eps in units of
+    [0, 1]. A picture that fools the model is attacked no further. Returns x_adv: what fooled the
+    model, else the point of the highest loss. ValueError for x outside [0, 1].
     """
-    size = batch_size or (64 if x.device.type == "cpu" else 1000)
-    right, clean = torch.arange(len(y), device=y.device), None
-    for perturb in (None, attack) if attack else (None,):
-        kept, done = [], 0
-        for index in right.split(size):
-            picture, label = x[index].float() / 255, y[index]
-            with exact(model):
-                picture = perturb(model, picture, label) if perturb else picture
+    def climb(point):
+        """The loss and its gradient at `point`, and whether the model is right there."""
+        logits = model(point.requires_grad_())
+        value = apgd_loss(logits, labels[0], *labels[1:], loss=loss)
+        gradient, = torch.autograd.grad(value.sum(), point)
+        return point.detach(), value.detach(), gradient, logits.argmax(1) == labels[0]
+
+    x_adv, index = x.clone(), torch.arange(len(x), device=x.device)
+    labels = torch.stack([y] if target is None else [y, target])
+    checkpoints, look = apgd_checkpoints(steps), 0
+    with attacking(model, x):
+        point, value, gradient, right = climb(random_start(x, eps, norm, generator))
+        previous = best = point
+        best_gradient, best_value, value_before = gradient, value, value
+        size, rises = torch.full_like(x[:, :1, :1, :1], 2 * eps), torch.zeros_like(value)
+        halved = torch.ones_like(right)  # the second condition has to wait for the second look
+        for k in range(steps):
+            if not right.all():
+                x_adv[index[~right]], labels = point[~right], labels[:, right]
+                (index, x, point, previous, value, gradient, best, best_gradient, best_value,
+                 value_before, size, rises, halved) = (tensor[right] for tensor in (
+                     index, x, point, previous, value, gradient, best, best_gradient, best_value,
+                     value_before, size, rises, halved))
+                if not len(index):
+                    return x_adv
+            if k in checkpoints:  # where the rule says so, halve the step and go back to the best
+                halved = must_halve(rises, k - look, halved, best_value, value_before)
+                there = halved.view(-1, 1, 1, 1)
+                size = torch.where(there, size / 2, size)
+                point = torch.where(there, best, point)
+                gradient = torch.where(there, best_gradient, gradient)
+                value = torch.where(halved, best_value, value)
+                value_before, rises, look = best_value, torch.zeros_like(rises), k
+            z = step(point, gradient, x, eps, size, norm)
+            if k:
+                z = project(point.lerp(z, 0.75) + 0.25 * (point - previous), x, eps, norm)
+            previous, last = point, value
+            point, value, gradient, right = climb(z)
+            better, rises = value > best_value, rises + (value > last)
+            best_value = torch.where(better, value, best_value)
+            better = better.view(-1, 1, 1, 1)
+            best = torch.where(better, point, best)
+            best_gradient = torch.where(better, gradient, best_gradient)
+        x_adv[index] = torch.where(right.view(-1, 1, 1, 1), best, point)
+    return x_adv
+
+
+def autoattack_lite_part(model, x, y, part, eps, norm="linf", steps=100, generator=None):
+    """Part 0 of AutoAttack-lite is Auto-PGD on cross-entropy; part k, up to 9, is Auto-PGD on the
+    targeted DLR loss for the kth likeliest wrong class. Arguments as for apgd_attack."""
+    if part == 0:
+        return apgd_attack(model, x, y, eps, steps, norm, generator=generator)
+    with attacking(model, x), torch.no_grad():
+        wrong = model(x).scatter(1, y[:, None], -math.inf)
+    target = wrong.topk(part).indices[:, -1]
+    return apgd_attack(model, x, y, eps, steps, norm, "dlr", target, generator)
+
+
+def autoattack_lite(model, x, y, eps, norm="linf", steps=100, generator=None):
+    """The white-box half of AutoAttack (Croce & Hein 2020): all parts in turn, each on what is
+    still right; so an upper bound on the accuracy under AutoAttack. Arguments as for apgd_attack.
+    """
+    x_adv, index = x.clone(), torch.arange(len(x), device=x.device)
+    for part in range(10):
+        with attacking(model, x), torch.no_grad():
+            logits = model(x_adv[index])
+        index = index[logits.argmax(1) == y[index]]
+        if part < logits.shape[1] and len(index):
+            x_adv[index] = autoattack_lite_part(model, x[index], y[index], part, eps, norm, steps,
+                                                generator)
+    return x_adv
+
+
+def still_right(model, x, y, *attacks, batch_size=None, show=lambda done: None):
+    """Which pictures the model gets right after all of the attacks(model, x, y) -> x_adv, of which
+    each only sees what the earlier ones have left, in full batches; without any, which it gets
+    right at all. bool N, computed in fp32. x uint8 N x 3 x H x W. `show` is told of N how many."""
+    size, right = batch_size or (64 if x.device.type == "cpu" else 1000), torch.ones_like(y).bool()
+    with exact(model) as network:
+        for i, attack in enumerate(attacks or [lambda model, x, y: x]):
+            left = right.nonzero()[:, 0]
+            for j in range(0, len(left), size):
+                index = left[j:j + size]
+                x_adv = attack(network, x[index].float() / 255, y[index])
                 with torch.no_grad():
-                    kept.append(index[model(picture).argmax(1) == label])
-            done += len(index)
-            show(done)
-        right = torch.cat(kept)
-        clean = 100 * len(right) / len(y) if clean is None else clean
-    return clean, 100 * len(right) / len(y)
+                    right[index] = network(x_adv).argmax(1) == y[index]
+                show(int(len(y) * (i + (j + len(index)) / len(left)) / max(1, len(attacks))))
+    return right
+
+
+def accuracy(model, x, y, attack, **options):
+    """Percent that is right, in fp32: (clean, under attack). The attack sees only the pictures
+    that are right without it. Arguments as for still_right."""
+    right = still_right(model, x, y, **options)
+    robust = still_right(model, x[right], y[right], attack, **options)
+    return tuple(100 * kept.sum().item() / len(y) for kept in (right, robust))
 
 
 # ----------------------------------------------------------------- preparation and checkpoints
@@ -364,30 +496,51 @@ def load(path, device="cpu"):
     raise UserError(f"{path} {reason}")
 
 
-def load_model(path, device, arch=None, width=None, activation=None, data=None):
+def load_model(path, device, arch=None, width=None, activation=None, data=None, mean=None,
+               std=None):
     """The network in a checkpoint of these scripts, and the settings it was trained with as a dict.
 
-    A bare state dict from elsewhere needs `arch`, and `data` for its classes and normalisation; it
-    comes without settings. UserError where the weights do not fit.
+    A state dict from elsewhere needs `arch`, and `data` for its classes; its settings only tell the
+    "normalisation". That is `mean` and `std` where given, else what it holds itself; else what
+    gets more of 500 training pictures right: none, or the data's statistics. UserError where the
+    weights do not fit.
     """
     state = load(path, device)
-    ours = "args" in state
-    if not ours and not (arch and data):
+    if ours := "args" in state:
+        weights = state["model"]
+        settings = state["args"] | {key: state[key] for key in ("classes", "epoch", "rows")}
+        choices = {"of the run": (state["mean"], state["std"])}
+    elif arch and data:
+        settings = dict(classes=data.classes)
+        try:
+            inside = [key for key in ("state_dict", "model_state_dict", "model", "net")
+                      if isinstance(state.get(key), dict)]
+            weights, *held = canonical(state[inside[0]] if inside else state, arch)
+        except (AttributeError, TypeError):
+            raise UserError(f"{path} holds no state dict, or another architecture") from None
+        choices = {"none": ((0.0,) * 3, (1.0,) * 3), "of the data": statistics(data)}
+        if all(held):
+            choices = {"of the checkpoint": held}
+        if mean and std:
+            choices = {"as given": (mean, std)}
+    else:
         raise UserError(f"{path} does not say what it is: name its --arch and --dataset")
-    classes, mean, std = ([state[key] for key in ("classes", "mean", "std")] if ours else
-                          [data.classes, *statistics(data)])
-    settings = state["args"] | dict(classes=classes) if ours else {}
-    weights = state["model"] if ours else state
-    model = build_model(arch or settings["arch"], len(classes), width or settings.get("width"),
-                        activation or settings.get("activation", "relu"), mean, std)
-    try:
-        weights = weights.get("state_dict", weights)
-        model.load_state_dict({name.removeprefix("module.").removeprefix("_orig_mod."): tensor
-                               for name, tensor in weights.items()})
-    except (RuntimeError, AttributeError, TypeError) as error:
-        detail = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} holds another architecture ({detail})") from None
-    return model.to(device, memory_format=torch.channels_last), settings
+    best = -1
+    for name, (mean, std) in choices.items():
+        candidate = build_model(arch or settings["arch"], len(settings["classes"]),
+                                width or settings.get("width"),
+                                activation or settings.get("activation", "relu"), mean, std)
+        try:
+            candidate.load_state_dict(weights)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            detail = str(error).splitlines()[-1].strip()
+            raise UserError(f"{path} holds another architecture ({detail})") from None
+        candidate.to(device, memory_format=torch.channels_last)
+        right = 0 if ours or len(choices) == 1 else still_right(
+            candidate, *(part[:500] for part in data.train)).sum().item()
+        if right > best:
+            best, model, settings["normalisation"] = right, candidate, name
+    return model, settings
 
 
 def check_classes(path, settings, data):

@@ -1,7 +1,12 @@
 """The networks: CIFAR ResNets, PreActResNets, WideResNets and VGG-16, with normalisation inside."""
 
+import copy
+import itertools
+import re
+
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 ACTIVATIONS = {"relu": nn.ReLU, "softplus": nn.Softplus, "swish": nn.SiLU}
 ARCHS = {
@@ -49,8 +54,10 @@ class Block(nn.Module):
         sizes = [before] + [width] * (len(kernels) - 1) + [after]
         for i, (kernel, step) in enumerate(zip(kernels, strides)):
             conv = nn.Conv2d(sizes[i], sizes[i + 1], kernel, step, kernel // 2, bias=False)
-            self.add_module(f"conv{i + 1}", conv)
-            self.add_module(f"bn{i + 1}", nn.BatchNorm2d(sizes[i if self.preact else i + 1]))
+            bn = nn.BatchNorm2d(sizes[i if self.preact else i + 1])
+            layer = {f"conv{i + 1}": conv, f"bn{i + 1}": bn}
+            for name in sorted(layer) if self.preact else layer:  # in the order of their use
+                self.add_module(name, layer[name])
         self.shortcut = nn.Sequential()
         if stride > 1 or before != after:
             self.shortcut.append(nn.Conv2d(before, after, 1, stride, bias=False))
@@ -137,3 +144,40 @@ def build_model(arch, classes, width=None, activation="relu", mean=(0.5,) * 3, s
     options = {"width": 64} | ARCHS[arch] | ({"width": width} if width else {})
     family = ResNet if "blocks" in options else VGG
     return family(classes, activation=activation, mean=mean, std=std, **options)
+
+
+def folded(model):
+    """A copy for evaluation, of the same function: in fp32, in eval mode, not compiled, and with
+    each BatchNorm that follows a convolution, an affine map there, made part of it."""
+    compiled, model.network = model.network, None
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    model.network = compiled
+    twin.dtype, twin.network = torch.float32, twin.logits
+    for parent in list(twin.modules()):
+        for (name, conv), (after, bn) in itertools.pairwise(parent.named_children()):
+            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(conv, bn))
+                setattr(parent, after, nn.Identity())
+    return twin.to(memory_format=torch.channels_last)
+
+
+def canonical(weights, arch):
+    """A state dict from elsewhere under our parameters' names, and the mean and std of the
+    normalisation that it holds, lists of 3, or None.
+
+    Knows the wrappers' prefixes (DataParallel, torch.compile, Sequential(Normalize, network),
+    robustness), WideResNets as in TRADES and RobustBench, and fc for linear.
+    """
+    renamed, statistics = {}, {}
+    for name, tensor in weights.items():
+        name = re.sub(r"^((module|_orig_mod|model|1)\.)+", "", name)
+        name = re.sub(r"^block(\d)\.layer\.", r"layer\1.", name)
+        name = re.sub(r"^fc\.", "linear.", name).replace("convShortcut", "shortcut.0")
+        if ARCHS[arch].get("preact"):
+            name = re.sub(r"^bn1\.", "bn.", name)
+        last = name.split(".")[-1].removeprefix("new_")
+        if last in ("mean", "mu", "std", "sigma"):
+            statistics["mean" if last in ("mean", "mu") else "std"] = tensor.flatten().tolist()
+        elif not name.startswith(("sub_block1.", "attacker.")):  # copies of what is there already
+            renamed[name] = tensor
+    return renamed, statistics.get("mean"), statistics.get("std")

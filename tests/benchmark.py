@@ -1,13 +1,18 @@
-"""What a training step of each method costs, in forward passes: measured, and by the formula.
+"""What training costs: pictures per second, forward passes, memory; and against a textbook's loop.
 
-    python tests/benchmark.py                          ResNet-18, batch 128
-    python tests/benchmark.py --arch resnet10 --width 16 --batch-size 64 --steps 10
+    python tests/benchmark.py                                  ResNet-18, batch 128
+    python tests/benchmark.py --baseline --methods "Backward Smoothing" "Fast AT" TRADES
+    python tests/benchmark.py --arch resnet10 --width 16 --batch-size 64 --precision fp32
 
-A row is the median of --steps rounds; in each, every method takes one step, divided by the time of
-forward passes just before and after it, so that a busy machine shifts both. Not for pytest.
+A row is the median of --steps rounds. In each round every method takes one step, from drawing the
+batch to the optimiser, between forward passes of its network, to which `measured` compares it: so
+a busy machine shifts both. --baseline takes a textbook's step right after: fp32, NCHW, a DataLoader
+with workers and transforms on the CPU, loss.backward() in the attack, no forward pass shared; and
+prints the ratio. Not for pytest.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -15,11 +20,16 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import backward_smoothing  # noqa: E402
 import common  # noqa: E402
+import data  # noqa: E402
 import fast_at  # noqa: E402
 import fast_bat  # noqa: E402
 import kd_swa  # noqa: E402
@@ -39,41 +49,171 @@ METHODS = {  # script, its options, the formula: a pass is 1, its input gradient
     "Fast-BAT": (fast_bat, "", 2 + 2 + 4 + 4),
     "KD-SWA": (kd_swa, "", 10 * 2 + 3 + 2),
 }
+EPS = 8 / 255
 
 
-def steps_of(options):
-    """The forward pass, and each method's step, as functions without arguments."""
-    x = torch.rand(options.batch_size, 3, 32, 32, device=options.device)
-    y = torch.randint(10, (len(x),), device=options.device)
+def ours(name, options, pictures):
+    """One step of a method of this project, as its script takes it: (forward pass, step)."""
+    module, words, _ = METHODS[name]
+    words = ["--device", options.device, "--batch-size", str(options.batch_size), *words.split(),
+             "--precision", options.precision, "--arch", options.arch,
+             *(["--width", str(options.width)] if options.width else []),
+             *(["--compile"] if options.compile else [])]
+    args = module.parse_args(words)
+    model, more = common.prepare_model(args, pictures).train(), ()
+    if module is kd_swa:
+        teachers = [common.prepare_model(args, pictures).eval().requires_grad_(False)] * 2
+        more = [(0.25, lambda z, y, teacher=teacher: teacher(z)) for teacher in teachers],
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
 
-    def network():
-        model = models.build_model(options.arch, 10, options.width).to(
-            options.device, memory_format=torch.channels_last)
-        model.dtype = getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[options.precision])
-        return model
+    def batches():
+        for epoch in range(10**9):
+            yield from data.batches(pictures, args, epoch)
 
-    def forward(model=network()):
+    def step(batches=batches()):
+        x, y = next(batches)
+        loss = module.training_loss(model, x, y, args, *more)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def forward(x=pictures.train[0][:options.batch_size].float() / 255):
         with torch.no_grad():
             model(x)
+    return forward, step
 
-    def training_step(module, words):
-        model = network()
-        args = module.parse_args(["--device", options.device, *words.split()])
-        more = ()
-        if module is kd_swa:
-            teachers = [network().eval().requires_grad_(False) for _ in range(2)]
-            more = [(0.25, lambda z, y, teacher=teacher: teacher(z)) for teacher in teachers],
-        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
 
-        def step():
-            loss = module.training_loss(model, x, y, args, *more)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return step
+# ------------------------------------------------------------------------------------ the textbook
 
-    return forward, {name: training_step(module, words)
-                     for name, (module, words, _) in METHODS.items() if name in options.methods}
+class Pictures(Dataset):
+    """As torchvision's CIFAR10: a picture is made from an array, cropped and flipped by PIL."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x.permute(0, 2, 3, 1).numpy(), y.tolist()
+        self.transform = transforms.Compose([
+            transforms.ToPILImage(), transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return self.transform(self.x[i]), self.y[i]
+
+
+def kl(model, x_adv, x):
+    """KL between the predictions, with both forward passes."""
+    return F.kl_div(F.log_softmax(model(x_adv), 1), F.softmax(model(x), 1), reduction="sum")
+
+
+def climb(model, x_adv, x, alpha, objective):
+    """One step by loss.backward(), which also fills the weights' gradients."""
+    x_adv = x_adv.detach().requires_grad_()
+    objective(x_adv).backward()
+    x_adv = x_adv.detach() + alpha * x_adv.grad.sign()
+    return torch.min(torch.max(x_adv, x - EPS), x + EPS).clamp(0, 1)
+
+
+def textbook_fast_at(model, x, y, steps=1):
+    x_adv = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
+    alpha = {1: 1.25, 2: 0.5}.get(steps, 0.25) * EPS
+    for _ in range(steps):
+        x_adv = climb(model, x_adv, x, alpha, lambda z: F.cross_entropy(model(z), y))
+    return F.cross_entropy(model(x_adv), y)
+
+
+def textbook_trades(model, x, y, steps=10, init=0.001):
+    model.eval()
+    x_adv = x + init * torch.randn_like(x)
+    for _ in range(steps):
+        x_adv = climb(model, x_adv, x, EPS / 4, lambda z: kl(model, z, x))
+    model.train()
+    return F.cross_entropy(model(x), y) + 6 / len(x) * kl(model, x_adv, x)
+
+
+def textbook_backward_smoothing(model, x, y):
+    model.eval()
+    with torch.no_grad():
+        target = model(x) + 2 * torch.rand(len(x), 10, device=x.device) - 1
+        target = F.softmax(target, 1)
+    x_adv = climb(model, x, x, -EPS, lambda z: F.kl_div(
+        F.log_softmax(model(z), 1), target, reduction="sum"))
+    x_adv = climb(model, x_adv, x, EPS, lambda z: kl(model, z, x))
+    model.train()
+    return F.cross_entropy(model(x), y) + 10 / len(x) * kl(model, x_adv, x)
+
+
+TEXTBOOK = {
+    "standard training": lambda *batch: textbook_fast_at(*batch, steps=0),
+    "Fast AT": textbook_fast_at,
+    "PGD-2-AT": lambda *batch: textbook_fast_at(*batch, steps=2),
+    "PGD-10-AT": lambda *batch: textbook_fast_at(*batch, steps=10),
+    "TRADES": textbook_trades,
+    "Fast TRADES": lambda *batch: textbook_trades(*batch, steps=1, init=EPS),
+    "Fast TRADES (2-step)": lambda *batch: textbook_trades(*batch, steps=2, init=EPS),
+    "Backward Smoothing": textbook_backward_smoothing,
+}
+
+
+def textbook(name, options, pictures):
+    """The same method's step as the field's repositories write it."""
+    network = models.build_model(options.arch, 10, options.width).to(options.device)
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
+    loader = DataLoader(Pictures(*(part.cpu() for part in pictures.train)), options.batch_size,
+                        shuffle=True, num_workers=2, drop_last=True, persistent_workers=True,
+                        pin_memory=options.device == "cuda")
+
+    class Plain(torch.nn.Module):
+        """The network in NCHW and fp32, as it is without this project's Classifier.forward."""
+
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return network.logits((x - network.mean) / network.std)
+    model = Plain()
+
+    def batches():
+        while True:
+            yield from loader
+
+    def step(batches=batches()):
+        x, y = (part.to(options.device, non_blocking=True) for part in next(batches))
+        loss = TEXTBOOK[name](model, x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return step
+
+
+# ------------------------------------------------------------------------------------- measurement
+
+def peak_memory(device, reset=False):
+    """MiB at most in use since the last reset: of the GPU, or of the process on Linux."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats() if reset else None
+        return torch.cuda.max_memory_allocated() / 2**20
+    with contextlib.suppress(OSError):
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return 0.0
+
+
+def matrix_rate(device):
+    """bf16 operations per second of a large matrix product, or 0 where there is no CUDA."""
+    if not device.startswith("cuda"):
+        return 0.0
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    for times in (5, 50):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(times):
+            a @ a
+        torch.cuda.synchronize()
+    return times * 2 * 8192**3 / (time.perf_counter() - start)
 
 
 def main():
@@ -82,14 +222,22 @@ def main():
     parser.add_argument("--arch", default="resnet18", choices=models.ARCHS)
     parser.add_argument("--width", type=int)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="NAME")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--baseline", action="store_true")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     options.device = common.find_device(options.device)
-    forward, steps = steps_of(options)
+    common.keep_memory()
+    part = torch.randint(256, (max(1024, options.batch_size), 3, 32, 32), dtype=torch.uint8)
+    part = part.to(options.device), torch.randint(10, (len(part),), device=options.device)
+    pictures = data.Data(part, part, part, list("0123456789"), True)
+    methods = {name: ours(name, options, pictures) for name in options.methods}
+    baselines = {name: textbook(name, options, pictures) for name in options.methods
+                 if options.baseline and name in TEXTBOOK}
 
     def seconds(function, times=1):
         torch.get_device_module(options.device).synchronize()
@@ -99,26 +247,42 @@ def main():
         torch.get_device_module(options.device).synchronize()
         return (time.perf_counter() - start) / times
 
-    measured = {name: [] for name in steps}
+    measured = {name: [] for name in methods}
     for i in range(options.steps + 1):
-        for name, step in steps.items():
+        for name, (forward, step) in methods.items():
+            peak_memory(options.device, reset=True)
             before, taken, after = seconds(forward, 3), seconds(step), seconds(forward, 3)
+            peak = peak_memory(options.device)
+            slow = seconds(baselines[name]) if name in baselines else 0.0
             if i:  # the first round warms up
-                measured[name].append((taken / (before + after) * 2, taken))
+                measured[name].append((taken / (before + after) * 2, taken, slow / taken, peak))
+    network = models.build_model(options.arch, 10, options.width).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, 32, 32))
+    operations, rate = counter.get_total_flops(), matrix_rate(options.device)
     print(f"{options.arch}, width {options.width or 'default'}, batch {options.batch_size}, "
           f"{options.precision}, {options.device}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}")
-    print(f"{'method':22}{'formula':>8}{'measured':>10}{'lowest':>8}{'highest':>8}{'ratio':>7}"
-          f"{'pictures/s':>12}")
+          f"{torch.__version__}{', compiled' * options.compile}")
+    print(f"{'method':22}{'pictures/s':>11}{'s/epoch':>9}{'formula':>9}{'measured':>10}"
+          f"{'(range)':>14}{'MiB':>7}" + f"{'matrix rate %':>15}" * bool(rate)
+          + f"{'times faster (range)':>26}" * options.baseline)
     rows = []
-    for name, pairs in measured.items():
-        passes, formula = [p for p, _ in pairs], METHODS[name][2]
-        rate = options.batch_size / statistics.median(s for _, s in pairs)
-        row = dict(method=name, formula=formula, measured=statistics.median(passes),
-                   lowest=min(passes), highest=max(passes), pictures_per_second=rate)
+    for name, rounds in measured.items():
+        passes, taken, faster, peaks = zip(*rounds)
+        formula, speed = METHODS[name][2], options.batch_size / statistics.median(taken)
+        row = dict(method=name, pictures_per_second=speed, seconds_per_epoch=50_000 / speed,
+                   formula=formula, measured=statistics.median(passes), lowest=min(passes),
+                   highest=max(passes), mebibytes=max(peaks))
+        line = (f"{name:22}{speed:11.1f}{50_000 / speed:9.1f}{formula:9}{row['measured']:10.1f}"
+                f"{f'{min(passes):.1f}-{max(passes):.1f}':>14}{max(peaks):7.0f}")
+        if rate:
+            row["matrix_rate_percent"] = 100 * formula * operations * speed / rate
+            line += f"{row['matrix_rate_percent']:15.1f}"
+        if name in baselines:
+            row |= dict(faster=statistics.median(faster), slowest=min(faster), fastest=max(faster))
+            line += f"{row['faster']:12.2f}{f'{min(faster):.2f}-{max(faster):.2f}':>14}"
         rows.append(row)
-        print(f"{name:22}{formula:8}{row['measured']:10.1f}{row['lowest']:8.1f}"
-              f"{row['highest']:8.1f}{row['measured'] / formula:7.2f}{rate:12.1f}")
+        print(line)
     if options.json:
         Path(options.json).write_text(json.dumps(dict(options=vars(options) | dict(
             methods=list(options.methods)), rows=rows), indent=1))

@@ -230,7 +230,7 @@ def test_pgd_reaches_the_closed_form_on_a_linear_model(norm, loss):
 
 def test_margin_loss():
     logits = torch.tensor([[3.0, 1, 2], [0, 5, 4]])
-    assert common.margin_loss(logits, torch.tensor([0, 2])).item() == (2 - 3) + (5 - 4)
+    assert common.margin(logits, torch.tensor([0, 2])).tolist() == [2 - 3, 5 - 4]
 
 
 def test_restarts_attack_only_what_is_right(batch):
@@ -274,7 +274,191 @@ def test_accuracy_counts_and_attacks_only_what_is_right():
     clean, robust = common.accuracy(model, x, y, attack, batch_size=3)
     assert clean == pytest.approx(100 * 6 / 7) and robust == pytest.approx(100 * 2 / 7)
     assert sum(attacked) == 6
-    assert common.accuracy(model, x, y)[0] == pytest.approx(100 * 6 / 7)
+    assert common.still_right(model, x, y).tolist() == [True] * 4 + [False, True, True]
+    assert common.still_right(model, x[:0], y[:0], attack).shape == (0,)
+
+
+# -------------------------------------------------------------------- Auto-PGD and AutoAttack-lite
+
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_apgd_reaches_the_closed_form_on_a_linear_model(norm, loss):
+    """Labels so sure that nothing fools it: the end is the corner or the pole of the eps-ball."""
+    torch.manual_seed(0)
+    w, eps = 0.1 * torch.randn(3, 8, 8), 0.05
+    model = Linear(w)
+    model.forward = lambda x: torch.stack(
+        [(x * w).flatten(1).sum(1), torch.full((len(x),), -5.0), torch.full((len(x),), -9.0)], 1)
+    x = torch.rand(5, 3, 8, 8) * 0.4 + 0.3  # away from the bounds of [0, 1]
+    y = torch.zeros(5, dtype=torch.long)
+    up = -w.sign() if norm == "linf" else -w / w.norm()
+    if loss == "dlr":  # (z_0 - z_1) / (z_0 - z_2) rises with z_0 as well
+        assert common.dlr_loss(model.forward(x + eps * up), y).gt(
+            common.dlr_loss(model.forward(x), y)).all()
+    x_adv = common.apgd_attack(model, x, y, eps, 100, norm, loss)
+    assert torch.allclose(x_adv, x + eps * up, atol=2e-3 if norm == "l2" else 1e-6)
+
+
+def test_the_dlr_loss_is_its_formula():
+    z = torch.tensor([[3.0, 1, 2, 0.5, -1], [0, 5, 4, 4.5, 1]])
+    y, target = torch.tensor([0, 2]), torch.tensor([3, 0])
+    expected = [-(3 - 2) / (3 - 1), -(4 - 5) / (5 - 4)]
+    assert common.dlr_loss(z, y).tolist() == pytest.approx(expected)
+    expected = [-(3 - 0.5) / (3 - (1 + 0.5) / 2), -(4 - 0) / (5 - (4 + 1) / 2)]
+    assert common.dlr_loss(z, y, target).tolist() == pytest.approx(expected)
+    moved = 100 * z + 7  # what it is for: scale and shift do not matter
+    assert torch.allclose(common.dlr_loss(moved, y), common.dlr_loss(z, y))
+
+
+def test_the_dlr_loss_with_ties_and_few_classes():
+    tied = torch.ones(2, 4, requires_grad=True)
+    for target in (None, torch.tensor([1, 2])):
+        value = common.dlr_loss(tied, torch.tensor([0, 0]), target)
+        assert value.tolist() == [0, 0]
+        assert torch.autograd.grad(value.sum(), tied)[0].isfinite().all()
+    z, y = torch.tensor([[3.0, 1, 2]]), torch.tensor([0])
+    assert common.apgd_loss(z, y, loss="dlr") == common.dlr_loss(z, y)  # 3 classes are enough
+    ce = {label: F.cross_entropy(z, torch.tensor([label])).item() for label in (0, 1)}
+    targeted = common.apgd_loss(z, y, torch.tensor([1]), "dlr").item()  # but not with a target
+    assert targeted == pytest.approx(-ce[1])
+    assert common.apgd_loss(z[:, :2], y, loss="dlr").item() == pytest.approx(
+        F.cross_entropy(z[:, :2], y).item())
+
+
+def test_the_halving_rule_by_hand():
+    """Windows of 0.22, then 0.03 shorter each time, but at least 0.06 (section 3.2), rounded up."""
+    assert common.apgd_checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert common.apgd_checkpoints(10) == [3, 5, 6, 7, 8, 9, 10, 10]
+    best, before = torch.tensor([2.0, 2, 2, 2]), torch.tensor([1.0, 1, 2, 2])
+    rises, halved = torch.tensor([14, 15, 16, 16]), torch.tensor([False, False, False, True])
+    # 14 < 0.75 * 20; 15 is not; no progress at the same size; no progress, but the size changed
+    assert common.must_halve(rises, 20, halved, best, before).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("norm, loss, targeted", [("linf", "ce", False), ("linf", "dlr", True),
+                                                  ("l2", "ce", False), ("l2", "dlr", True)])
+def test_apgd_is_algorithm_1(model, batch, monkeypatch, norm, loss, targeted):
+    """Against the algorithm written for one picture at a time, on pictures that it cannot fool."""
+    model.double().eval()
+    x, eps, steps = batch[0].double(), (0.01 if norm == "linf" else 0.1), 23
+    bias = torch.zeros(10).double()
+    bias[0] = 50
+    with torch.no_grad():
+        model.linear.bias += bias
+        model.linear.weight *= 3
+    y, target = torch.zeros(6, dtype=torch.long), torch.arange(1, 7) if targeted else None
+    start = common.random_start(x, eps, norm)
+    monkeypatch.setattr(common, "random_start", lambda *args: start)
+    x_adv = common.apgd_attack(model, x, y, eps, steps, norm, loss, target)
+
+    def ball(z, centre):
+        d = z - centre
+        d = d.clamp(-eps, eps) if norm == "linf" else d * min(1, eps / d.norm().item())
+        return (centre + d).clamp(0, 1)
+
+    for i in range(6):
+        def f(z):
+            z = z.clone().requires_grad_()
+            value = common.apgd_loss(model(z[None]), y[i:i + 1],
+                                     target[i:i + 1] if targeted else None, loss)[0]
+            g, = torch.autograd.grad(value, z)
+            return value.item(), g.sign() if norm == "linf" else g / g.norm()
+        points, size, halved = [start[i]], 2 * eps, [True]
+        values, directions = [f(points[0])[0]], [f(points[0])[1]]
+        best, best_at_check, since, k = 0, values[0], 0, 0
+        current = 0  # the point that the next step starts from
+        for k in range(steps):
+            z = ball(points[current] + size * directions[current], x[i])
+            if k:
+                z = ball(points[current] + 0.75 * (z - points[current])
+                         + 0.25 * (points[current] - points[previous]), x[i])
+            value, direction = f(z)
+            since += value > values[current]
+            points, values, directions = points + [z], values + [value], directions + [direction]
+            previous, current = current, len(points) - 1
+            best = current if value > values[best] else best
+            if k + 1 in common.apgd_checkpoints(steps):
+                checks = [0] + common.apgd_checkpoints(steps)
+                window = k + 1 - checks[checks.index(k + 1) - 1]
+                halve = since < 0.75 * window or (not halved[-1] and values[best] == best_at_check)
+                halved.append(halve)
+                best_at_check, since = values[best], 0
+                if halve:
+                    size, current = size / 2, best
+        assert any(halved[1:])
+        assert torch.allclose(x_adv[i], points[best], atol=1e-9)
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 8 / 255), ("l2", 0.5)])
+def test_autoattack_lite_stays_in_its_bounds_and_leaves_the_model_as_it_was(model, batch, norm,
+                                                                            eps):
+    x, y = batch
+    x[0], x[1] = 0, 1
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x_adv = common.autoattack_lite(model.train(), x, y, eps, norm, 8)
+    distance = (x_adv - x).flatten(1).norm(math.inf if norm == "linf" else 2, dim=1)
+    assert (distance <= eps + 1e-6).all() and distance.max() > 0
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    assert model.training and model.bn1.track_running_stats
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def own_labels(model, n=40):
+    """Pictures, and what the model takes them for."""
+    torch.manual_seed(2)
+    x = (torch.rand(n, 3, 32, 32) * 255).byte()
+    with common.exact(model) as network, torch.no_grad():
+        return x, network(x.float() / 255).argmax(1)
+
+
+def lite(eps, steps):
+    return lambda model, x, y: common.autoattack_lite(
+        model, x, y, eps, steps=steps, generator=torch.Generator().manual_seed(0))
+
+
+def test_more_iterations_never_help_the_defender(model):
+    x, y = own_labels(model)
+    left = [common.still_right(model, x, y, lite(0.06 / 255, steps)).sum() for steps in (5, 10, 20)]
+    assert left[0] >= left[1] >= left[2] and 0 < left[2] < 40
+
+
+def test_autoattack_lite_is_the_worst_case_of_its_parts(model):
+    """It fools whatever Auto-PGD on cross-entropy fools, and cannot be undone by a later target."""
+    x, y = own_labels(model)
+    ce = common.still_right(model, x, y, lambda model, x, y: common.apgd_attack(
+        model, x, y, 0.2 / 255, 10, generator=torch.Generator().manual_seed(0)))
+    whole = common.still_right(model, x, y, lite(0.2 / 255, 10))
+    assert not (whole & ~ce).any() and whole.sum() < ce.sum()
+
+
+def test_autoattack_lite_aims_at_the_nine_likeliest_wrong_classes(monkeypatch):
+    aims = []
+
+    def attack(model, x, y, eps, steps, norm, loss="ce", target=None, generator=None):
+        aims.append((loss, None if target is None else target.tolist()))
+        return x
+    monkeypatch.setattr(common, "apgd_attack", attack)
+    model = Linear(0)
+    model.forward = lambda x: torch.arange(12.0).expand(len(x), 12)
+    common.autoattack_lite(model, torch.rand(2, 3, 4, 4), torch.tensor([11, 11]), 0.1)
+    assert aims == [("ce", None)] + [("dlr", [c, c]) for c in range(10, 1, -1)]
+
+
+def test_what_fools_the_model_is_attacked_no_further():
+    """Each picture falls at a step of its own, and is not looked at again."""
+    seen = []
+    model = Linear(0)
+
+    def forward(x):
+        seen.append(len(x))
+        z = x.flatten(1).mean(1)
+        return torch.stack([z * 0, z - 0.55], 1)
+    model.forward = forward
+    x = torch.stack([torch.full((3, 2, 2), v) for v in (0.9, 0.56, 0.3)])
+    x_adv = common.apgd_attack(model, x, torch.ones(3, dtype=torch.long), 0.02, 10)
+    assert seen[0] == 3 and seen[1] == 2 and seen[-1] == 1 and len(seen) == 11
+    assert (x_adv[1].mean() < 0.55) and (x_adv[0] < 0.9).all() and (x_adv - x).abs().max() < 0.0201
 
 
 def test_the_learning_rate():

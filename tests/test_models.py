@@ -86,13 +86,16 @@ def test_activations(arch, activation, function, monkeypatch, batch):
 
 
 def test_precision_is_the_models_own_business_and_never_that_of_results(model, batch):
-    """Logits are always fp32; `exact` computes in fp32 and gives the training precision back."""
+    """Logits are always fp32; `exact` computes in fp32, on a copy, and without TF32."""
     x, _ = batch
     reference = model.eval()(x)
     model.dtype = torch.bfloat16
     model.train()
-    with common.exact(model):
-        assert torch.equal(model(x), reference)
+    with common.exact(model) as network:
+        assert torch.allclose(network(x), reference, atol=1e-4)
+        assert not network.training and network.dtype == torch.float32
+        assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.deterministic
+        assert not torch.backends.cuda.matmul.allow_tf32
     assert model.training and model.dtype == torch.bfloat16
     reduced = model.eval()(x)
     assert reduced.dtype == torch.float32 and not torch.equal(reduced, reference)
@@ -103,6 +106,28 @@ def test_exact_sets_the_compiled_network_aside(model, batch):
     def compiled(x):
         raise AssertionError("used the compiled network")
     model.network = compiled
-    with common.exact(model):
-        model(batch[0])
+    with common.exact(model) as network:
+        network(batch[0])
     assert model.network is compiled
+
+
+@pytest.mark.parametrize("arch", models.ARCHS)
+def test_folding_batchnorm_changes_nothing_but_the_number_of_layers(arch):
+    """Logits and their gradient in the input; all but what precedes a convolution is folded."""
+    torch.manual_seed(0)
+    model = models.build_model(arch, 10, 8).double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.1)
+    network, x = models.folded(model), torch.rand(2, 3, 32, 32).double().requires_grad_()
+    model.eval()
+    for a, b in ((model(x), network(x)), [torch.autograd.grad(net(x)[:, 0].sum(), x)[0]
+                                          for net in (model, network)]):
+        assert torch.allclose(a, b, atol=1e-9)
+    left = [name for name, module in network.named_modules()
+            if isinstance(module, torch.nn.BatchNorm2d)]
+    assert all(name.endswith("bn1") or name == "bn" for name in left)
+    assert bool(left) == ("wrn" in arch or "preact" in arch)

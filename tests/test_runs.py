@@ -4,7 +4,6 @@ import argparse
 import csv
 import functools
 import json
-import pickle
 import re
 import shlex
 import signal
@@ -329,10 +328,13 @@ def wait_for(line, process):
     raise AssertionError(f"no {line}: {process.communicate()}")
 
 
+SHORT = [*TINY, "--train-size", 640, "--out", "run"]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    process = command("backward_smoothing.py", *TINY, "--out", "run", cwd=folder)
+    process = command("backward_smoothing.py", *SHORT, cwd=folder)
     assert process.communicate()[0] and process.returncode == 0
     return weights(folder / "run/last.pt")
 
@@ -340,13 +342,13 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("moment", ["seconds$", r"^ +1  0\.\d+ "])
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, uninterrupted, moment):
     """Killed in the first epoch, and in the second."""
-    process = command("backward_smoothing.py", *TINY, "--out", "run", cwd=tmp_path)
+    process = command("backward_smoothing.py", *SHORT, cwd=tmp_path)
     wait_for(moment, process)
     time.sleep(0.2)
     process.kill()
     process.communicate()
     assert not (tmp_path / "run/result.json").exists()
-    process = command("backward_smoothing.py", *TINY, "--out", "run", "--resume", cwd=tmp_path)
+    process = command("backward_smoothing.py", *SHORT, "--resume", cwd=tmp_path)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert equal(weights(tmp_path / "run/last.pt"), uninterrupted)
@@ -439,145 +441,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script
     assert all(value.isfinite().all() for value in weights(tmp_path / "run/last.pt").values())
 
 
-# -------------------------------------------------------------------------------------- evaluate.py
-
-@pytest.fixture
-def checkpoint(script, tmp_path):
-    options = ["--epochs", 1, "--lr-schedule", "piecewise", "--batch-size", 64, "--out", "run"]
-    script(backward_smoothing, *TINY, *options)
-    return tmp_path / "run/best.pt"
-
-
-FAST = ["--steps", "2", "--restarts", "2"]
-
-
-def test_evaluate_needs_nothing_but_the_checkpoint(script, checkpoint, tmp_path):
-    status, out, err = script(evaluate, "run/best.pt", "run/last.pt", *FAST)
-    assert status == 0, err
-    head, *rows, last = out.splitlines()
-    assert len(rows) == 2 and len({len(line) for line in (head, *rows)}) == 1  # aligned
-    assert "PGD-2-2 %" in head and "clean %" in head
-    result = json.loads((tmp_path / "runs/evaluation-1/result.json").read_text())
-    row = result["rows"][0]
-    assert row["n"] == 50 and row["eps"] == 8
-    assert row["norm"] == "linf" and row["arch"] == "resnet10"
-    assert 0 <= row["PGD-2-2 %"] <= row["clean %"] <= 100
-    assert script(evaluate, "run/best.pt", *FAST)[0] == 0  # the next free folder
-    assert (tmp_path / "runs/evaluation-2/result.json").exists()
-
-
-def test_evaluate_is_deterministic_and_its_options_count(script, checkpoint, tmp_path):
-    def row(*options):
-        assert script(evaluate, "run/best.pt", *FAST, *options)[0] == 0
-        folder = max((tmp_path / "runs").iterdir(), key=lambda p: int(p.name.split("-")[1]))
-        row = json.loads((folder / "result.json").read_text())["rows"][0]
-        return {key: value for key, value in row.items() if key != "seconds"}
-    assert row() == row()
-    assert row("--n-examples", 7)["n"] == 7
-    other = row("--eps", "255", "--norm", "l2")
-    assert other["eps"] == 255 and other["norm"] == "l2"
-    harmless = row("--eps", "0.0001")  # pixels
-    assert harmless["PGD-2-2 %"] == harmless["clean %"]
-    assert row("--batch-size", 9)["clean %"] == row()["clean %"]
-
-
-def test_restarts_never_help_the_defender(checkpoint):
-    model, _ = common.load_model(checkpoint, "cpu")
-    x, y = data.load_data("shapes", "", "cpu").test
-    rates = []
-    for restarts in (1, 5):
-        noise = torch.Generator().manual_seed(0)
-        rates.append(common.accuracy(model, x, y, lambda model, x, y: common.pgd_attack(
-            model, x, y, 2 / 255, 1 / 255, 2, restarts, generator=noise), batch_size=50)[1])
-    assert rates[1] <= rates[0]
-
-
-@pytest.mark.parametrize("wrapper", ["plain", "module.", "_orig_mod.", "state_dict"])
-def test_a_bare_state_dict_from_elsewhere(script, checkpoint, tmp_path, wrapper):
-    state = weights(checkpoint)
-    if wrapper == "state_dict":
-        state = {"state_dict": state, "epoch": 9}
-    elif wrapper != "plain":
-        state = {wrapper + name: value for name, value in state.items()}
-    torch.save(state, tmp_path / "bare.pth")
-    options = ["--arch", "resnet10", "--width", 8, "--dataset", "shapes", *FAST]
-    assert script(evaluate, "bare.pth", "run/best.pt", *options)[0] == 0
-    rows = json.loads((tmp_path / "runs/evaluation-1/result.json").read_text())["rows"]
-    # the statistics of the pictures differ a little
-    assert rows[0]["clean %"] == pytest.approx(rows[1]["clean %"], abs=10)
-
-
-class Code:
-    def __reduce__(self):
-        return print, ("EXECUTED",)
-
-
-def test_bad_checkpoints(script, checkpoint, tmp_path):
-    whole = checkpoint.read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "empty.pt").write_bytes(b"")
-    (tmp_path / "page.pt").write_text("<!DOCTYPE html><html>404</html>")
-    torch.save(Code(), tmp_path / "code.pt")
-    (tmp_path / "old_code.pt").write_bytes(pickle.dumps(Code()))
-    torch.save(weights(checkpoint), tmp_path / "bare.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"epoch": 3}, tmp_path / "nothing.pt")
-    messages = {"cut.pt": "cut short", "empty.pt": "cut short", "page.pt": "web page",
-                "code.pt": "execute", "old_code.pt": "execute", "missing.pt": "does not exist",
-                "bare.pt": "--arch and --dataset", "list.pt": "--arch and --dataset"}
-    for name, message in messages.items():
-        status, out, err = script(evaluate, name)
-        one_line(status, err, message)
-        assert "EXECUTED" not in out + err
-    elsewhere = ["--arch", "resnet18", "--dataset", "shapes"]
-    for name in ("run/best.pt", "bare.pt", "list.pt", "nothing.pt"):
-        one_line(*script(evaluate, name, *elsewhere)[::2], "another architecture")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_evaluate_on_a_data_set_with_other_classes(script, checkpoint, folder):
-    status, _, err = script(evaluate, "run/best.pt", "--dataset", "pets")
-    one_line(status, err, "10 classes.* 2: .*--dataset")
-
-
-def test_the_sheet_is_drawn(script, checkpoint, tmp_path):
-    assert script(evaluate, "run/best.pt", "run/last.pt", *FAST, "--sheet", "sheet.png")[0] == 0
-    picture = matplotlib.image.imread(tmp_path / "sheet.png")
-    assert min(picture.shape[:2]) > 500 and picture.std() > 0.1  # not blank
-
-
-def test_the_curves_of_several_runs_are_drawn(script, checkpoint, tmp_path):
-    script(kd_swa, *TINY, "--kd", "none", "--steps", 1, "--out", "kd")
-    paths = ["run/best.pt", "kd/last.pt", "kd/swa_last.pt"]
-    assert script(evaluate, *paths, *FAST, "--curves", "pictures/curves.png")[0] == 0
-    picture = matplotlib.image.imread(tmp_path / "pictures/curves.png")
-    assert min(picture.shape[:2]) > 300 and picture.std() > 0.02
-    torch.save(weights(checkpoint), tmp_path / "bare.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    options = ["--arch", "resnet10", "--width", 8, "--dataset", "shapes", "--curves", "x.png"]
-    for name in ("bare.pth", "list.pth"):
-        one_line(*script(evaluate, name, *options)[::2], f"{name} comes without the log")
-
-
-def test_evaluate_notices_that_the_folder_has_other_classes_than_in_training(script, folder):
-    script(backward_smoothing, "--dataset", "pets", "--arch", "resnet10", "--width", 8, "--epochs",
-           1, "--batch-size", 4, "--val-size", 4, "--out", "run")
-    for part in ("train", "test"):
-        (folder / part / "fox").mkdir()
-        (folder / part / "cat/0.png").rename(folder / part / "fox/0.png")
-    one_line(*script(evaluate, "run/best.pt", *FAST)[::2], "2 classes.* 3: .*--dataset")
-
-
-def test_zero_gradients_are_noticed(script, checkpoint, tmp_path):
-    """Logits a million times larger saturate the softmax, so that no gradient is left to follow."""
-    state = torch.load(checkpoint, weights_only=True)
-    for name in ("linear.weight", "linear.bias"):
-        state["model"][name] *= 1e6
-    torch.save(state, tmp_path / "masked.pt")
-    out = script(evaluate, "run/best.pt", "masked.pt", *FAST)[1]
-    assert re.search(r"warning: masked.pt: \d.*exactly 0", out)
-    assert "warning: run/best.pt" not in out
-
+# ----------------------------------------------------------------------------------- the benchmark
 
 def test_the_benchmark_prints_a_row_for_each_method(monkeypatch, capsys, tmp_path):
     import benchmark

@@ -1,0 +1,116 @@
+"""AutoAttack-lite beside the reference implementation: robust accuracy and seconds.
+
+    pip install pyautoattack          # used here alone, never needed by the project
+    python tests/compare_autoattack.py runs/.../best.pt --n-examples 500
+    python tests/compare_autoattack.py runs/.../best.pt --n-examples 500 --complete
+
+Both attack the same network in fp32, the same test pictures (of which --seed draws the first
+--n-examples) and take the same number of iterations, in alternating rounds, each in a process of
+its own: AutoAttack-lite as evaluate.py runs it, the reference as its README does, with a batch size
+of 250. The reference runs APGD-CE and APGD-T; --complete adds, in the first round, the same on the
+network in NCHW, and the whole of AutoAttack, with FAB-T and Square. Not for pytest.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common  # noqa: E402
+from data import load_data  # noqa: E402
+
+
+def lite(model, x, y, eps, norm, device):
+    common.keep_memory()
+    generator = torch.Generator(device).manual_seed(0)
+    return common.still_right(model, x, y, *[functools.partial(
+        common.autoattack_lite_part, part=part, eps=eps, norm=norm, generator=generator)
+        for part in range(10)])
+
+
+def reference(model, x, y, eps, norm, device, attacks=("apgd-ce", "apgd-t")):
+    from pyautoattack import AutoAttack
+    attack = AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=0,
+                        version="custom", attacks=list(attacks), device=device)
+    attack.apgd.n_restarts = attack.fab.n_restarts = 1  # as in its standard version
+    x_adv, _ = attack.run_standard_evaluation(x.float() / 255, y)
+    with torch.no_grad():
+        return model(x_adv).argmax(1) == y
+
+
+def textbook(model, *task):
+    """The reference on the same weights in NCHW, as the field's repositories have their networks."""
+    class Plain(torch.nn.Module):
+        def forward(self, x):
+            return model.logits((x - model.mean) / model.std)
+    model.to(memory_format=torch.contiguous_format)
+    return reference(Plain(), *task)
+
+
+def complete(*task):
+    return reference(*task, attacks=("apgd-ce", "apgd-t", "fab-t", "square"))
+
+
+CONTESTANTS = {"AutoAttack-lite": lite, "reference: APGD-CE, APGD-T": reference,
+               "the same on a network in NCHW": textbook,
+               "reference: complete AutoAttack": complete}
+
+
+def run(options):
+    """One contestant: prints its robust accuracy in percent, and its seconds."""
+    device = common.find_device(options.device)
+    model, settings = common.load_model(options.checkpoint, device)
+    data = load_data(settings["dataset"], settings["data_dir"], device)
+    order = torch.randperm(len(data.test[1]), generator=torch.Generator().manual_seed(options.seed))
+    x, y = (part[order[:options.n_examples].to(device)] for part in data.test)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        start = time.perf_counter()
+        right = CONTESTANTS[options.contestant](
+            model.eval(), x, y, options.eps or settings["eps"], options.norm or settings["norm"],
+            device)
+        torch.get_device_module(device).synchronize()
+    print(json.dumps([100 * right.float().mean().item(), time.perf_counter() - start]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--n-examples", type=int, default=500)
+    parser.add_argument("--eps", type=common.pixels, help="None: as in training")
+    parser.add_argument("--norm", choices=["linf", "l2"], help="None: as in training")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--complete", action="store_true", help="also the whole of AutoAttack")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contestant:
+        return run(options)
+    if importlib.util.find_spec("pyautoattack") is None:
+        raise SystemExit("compare_autoattack.py: error: pip install pyautoattack")
+    print(f"{options.checkpoint}, {options.n_examples} test pictures, {torch.get_num_threads()} "
+          f"threads, torch {torch.__version__}", flush=True)
+    seconds = {name: [] for name in CONTESTANTS}
+    for i in range(options.rounds):
+        for name in list(CONTESTANTS)[:4 if options.complete and not i else 2]:
+            done = subprocess.run([sys.executable, *sys.argv, "--contestant", name], text=True,
+                                  check=True, stdout=subprocess.PIPE)
+            share, taken = json.loads(done.stdout.splitlines()[-1])
+            seconds[name].append(taken)
+            print(f"{name:31} {share:6.2f} %  {taken:8.1f} s", flush=True)
+    ours, theirs = (statistics.median(seconds[name]) for name in list(CONTESTANTS)[:2])
+    print(f"AutoAttack-lite takes {ours / theirs:.2f} of the reference's time")
+
+
+if __name__ == "__main__":
+    main()
