@@ -1,6 +1,5 @@
 """The bookkeeping of a training: its folder, log, checkpoints, resuming and test at the end."""
 
-import copy
 import json
 import math
 import platform
@@ -17,6 +16,7 @@ import torchvision
 
 from common import (RANK, WORLD, UserError, accuracy, average, load, pgd_attack, progress, save,
                     say)
+from models import uncompiled
 
 
 def claim_folder(args):
@@ -97,9 +97,7 @@ class Run:
     def beside(self, prefix):
         """The network kept under `prefix`; at first a copy of the one that is trained."""
         if prefix not in self.models:
-            self.models[prefix] = copy.deepcopy(self.model)
-            self.models[prefix].network = self.models[prefix].logits  # not the compiled one
-            self.models[prefix].dtype = torch.float32
+            self.models[prefix] = uncompiled(self.model)
         return self.models[prefix]
 
     def now(self):

@@ -206,6 +206,12 @@ def attacking(model, x, bn="eval"):
         raise ValueError("attacks take pictures in [0, 1]: normalise inside the model")
     before = [(module, module.training) for module in model.modules()]
     norms = [module for module, _ in before if isinstance(module, nn.BatchNorm2d)]
+    # Autograd leaves out the gradients that nobody asked for, here the weights'; compiled code,
+    # which knows no call but its own, can only if they are frozen.
+    compiled = getattr(model, "compiled", False)
+    frozen = [weight for weight in model.parameters() if compiled and weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(False)
     model.train(bn == "train")
     for module in norms:
         module.track_running_stats = False  # in train mode: batch statistics, kept nowhere
@@ -216,6 +222,8 @@ def attacking(model, x, bn="eval"):
             module.training = training
         for module in norms:
             module.track_running_stats = True
+        for weight in frozen:
+            weight.requires_grad_(True)
 
 
 @contextlib.contextmanager
@@ -444,7 +452,7 @@ def prepare_model(args, data):
                         *statistics(data)).to(args.device, memory_format=torch.channels_last)
     model.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
     if args.compile:
-        model.network = torch.compile(model.logits)
+        model.network, model.compiled = torch.compile(model.logits), True
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
     return model
 

@@ -370,11 +370,10 @@ def checklist(subject, args, row, kept):
 
 def figure_of(rows, columns, width, height, **options):
     """A figure to be read from the last row of a lecture hall, and its axes, rows x columns."""
-    import matplotlib
-    from matplotlib.figure import Figure  # half a second to import
+    import matplotlib.figure  # takes half a second
     matplotlib.rcParams.update({"font.size": 13, "axes.grid": True, "grid.alpha": 0.3,
                                 "lines.linewidth": 2.2})
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
@@ -410,14 +409,17 @@ def draw_lines(lines, xlabel, ylabel, **options):
 
 
 def along_training(subjects, values, ylabel, **options):
-    """values[i], the numbers of subject i by name, against its epoch: a colour for each run, which
-    is all the checkpoints of a folder, and a line style for each name."""
-    lines, folders = [], list(dict.fromkeys(Path(subject.path).parent for subject in subjects))
-    for i, folder in enumerate(folders):
+    """values[i], the numbers of subject i by name, against its epoch: a colour for each network,
+    which is all the checkpoints of a folder, averaged or not, and a line style for each name."""
+    networks, lines = {}, []
+    for subject, numbers in zip(subjects, values):
+        path = Path(subject.path)
+        network = path.parent, path.parent.name + " (average)" * path.name.startswith("swa_")
+        networks.setdefault(network, []).append((subject.settings.get("epoch", 0), numbers))
+    for i, ((_, network), points) in enumerate(networks.items()):
         for name, style in zip(values[0], ("o-", "s--", "^:")):
-            points = sorted((subject.settings.get("epoch", 0), numbers[name]) for subject, numbers
-                            in zip(subjects, values) if Path(subject.path).parent == folder)
-            lines.append((f"{folder.name}: {name}", i, style, *zip(*points)))
+            line = zip(*sorted((epoch, numbers[name]) for epoch, numbers in points))
+            lines.append((f"{network}: {name}", i, style, *line))
     return draw_lines(lines, "epoch", ylabel, xlim=(0, None), **options), values
 
 
@@ -571,8 +573,7 @@ def plot_sheet(subjects, args):
 
 
 def plot_curves(subjects, args):
-    """Robust overfitting: the log of each checkpoint's run, up to the checkpoint. UserError for a
-    checkpoint that comes without one."""
+    """Robust overfitting: the log of each checkpoint's run, up to the checkpoint."""
     logs, values = [], []
     for subject in subjects:
         if "rows" not in subject.settings:
@@ -614,9 +615,8 @@ def main(args):
     read_data = functools.cache(lambda dataset, data_dir: load_data(dataset, data_dir, args.device))
     subjects = [load_subject(path, args, read_data) for path in args.checkpoints]
     surrogates = [load_subject(path, args, read_data).model for path in args.surrogate]
-    result = dict(command=shlex.join(sys.argv), args=vars(args))
     rows, kept = zip(*[evaluate(subject, args, surrogates) for subject in subjects])
-    result["rows"] = rows
+    result = dict(command=shlex.join(sys.argv), args=vars(args), rows=rows, plots={})
     print(table(rows))
     if args.markdown:
         print("\n" + table(rows, markdown=True))
@@ -627,17 +627,16 @@ def main(args):
             print(f"warning: {subject.path}: {row['zero gradients %']:.1f} % of the input gradient "
                   "is exactly 0: attacks that follow it may fail for that reason alone")
     if args.checklist:
-        result["checklist"] = [checklist(*each) for each in zip(
-            subjects, [args] * len(rows), rows, kept)]
+        result["checklist"] = [checklist(subject, args, *each)
+                               for subject, *each in zip(subjects, rows, kept)]
         for subject, found in zip(subjects, result["checklist"]):
             print(f"\n{subject.path}: signs of gradient masking")
             for verdict, claim, figures in found:
                 print(f"  {verdict}  {claim}: {figures}")
-    result["plots"] = {}
+    common.save(json.dumps(result, indent=1), folder / "result.json")  # and again with the plots
     for name in args.plots:
         torch.manual_seed(args.seed)
         figure, values = PLOTS[name](subjects, args)
-        (folder / f"{name}.png").parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"{name}.png", dpi=100)
         result["plots"][name] = values
         for subject, numbers in zip(subjects, values):

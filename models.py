@@ -35,7 +35,7 @@ class Classifier(nn.Module):
         super().__init__()
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
-        self.dtype, self.network = torch.float32, self.logits  # `exact` returns to these
+        self.dtype, self.network, self.compiled = torch.float32, self.logits, False
 
     def forward(self, x):
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
@@ -146,13 +146,19 @@ def build_model(arch, classes, width=None, activation="relu", mean=(0.5,) * 3, s
     return family(classes, activation=activation, mean=mean, std=std, **options)
 
 
+def uncompiled(model):
+    """A copy in fp32 that is not compiled."""
+    network, model.network = model.network, None
+    twin = copy.deepcopy(model)
+    model.network = network
+    twin.dtype, twin.network, twin.compiled = torch.float32, twin.logits, False
+    return twin
+
+
 def folded(model):
-    """A copy for evaluation, of the same function: in fp32, in eval mode, not compiled, and with
-    each BatchNorm that follows a convolution, an affine map there, made part of it."""
-    compiled, model.network = model.network, None
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
-    model.network = compiled
-    twin.dtype, twin.network = torch.float32, twin.logits
+    """An uncompiled copy for evaluation, of the same function: in eval mode, with each BatchNorm
+    that follows a convolution, an affine map there, made part of it."""
+    twin = uncompiled(model).eval().requires_grad_(False)
     for parent in list(twin.modules()):
         for (name, conv), (after, bn) in itertools.pairwise(parent.named_children()):
             if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):

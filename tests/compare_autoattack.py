@@ -48,7 +48,7 @@ def reference(model, x, y, eps, norm, device, attacks=("apgd-ce", "apgd-t")):
 
 
 def textbook(model, *task):
-    """The reference on the same weights in NCHW, as the field's repositories have their networks."""
+    """The reference on the same weights in NCHW, as most repositories have their networks."""
     class Plain(torch.nn.Module):
         def forward(self, x):
             return model.logits((x - model.mean) / model.std)
