@@ -172,13 +172,14 @@ def canonical(weights, arch):
     normalisation that it holds, lists of 3, or None.
 
     Knows the wrappers' prefixes (DataParallel, torch.compile, Sequential(Normalize, network),
-    robustness), WideResNets as in TRADES and RobustBench, and fc for linear.
+    robustness), WideResNets as in TRADES and RobustBench, and torchvision's fc and downsample.
     """
     renamed, statistics = {}, {}
     for name, tensor in weights.items():
         name = re.sub(r"^((module|_orig_mod|model|1)\.)+", "", name)
         name = re.sub(r"^block(\d)\.layer\.", r"layer\1.", name)
         name = re.sub(r"^fc\.", "linear.", name).replace("convShortcut", "shortcut.0")
+        name = name.replace("downsample", "shortcut")
         if ARCHS[arch].get("preact"):
             name = re.sub(r"^bn1\.", "bn.", name)
         last = name.split(".")[-1].removeprefix("new_")

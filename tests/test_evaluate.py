@@ -336,11 +336,13 @@ def from_elsewhere(state, form):
                                  "module.normalizer.new_std": statistics["std"]} | {
             f"module.model.{k}": v for k, v in state.items()} | {
             f"module.attacker.model.{k}": v for k, v in state.items()}},
+        "torchvision": {name.replace("linear", "fc").replace("shortcut", "downsample"): value
+                        for name, value in state.items()},
     }[form]
 
 
 FORMS = ["plain", "module.", "_orig_mod.", "state_dict", "net", "Sequential", "mu and sigma",
-         "normalize", "robustness"]
+         "normalize", "robustness", "torchvision"]
 
 
 def pictures_of(model):
@@ -356,7 +358,7 @@ def pictures_of(model):
 def test_a_state_dict_from_elsewhere(tmp_path, form):
     """The same weights, and the normalisation that it holds, or else that which fits."""
     torch.manual_seed(0)
-    given = form in FORMS[5:]
+    given = form in FORMS[5:9]
     mean, std = ((0.3,) * 3, (0.2,) * 3) if given else ((0.0,) * 3, (1.0,) * 3)
     model = models.build_model("resnet10", 10, 8, mean=mean, std=std).eval()
     torch.save(from_elsewhere(model.state_dict(), form), tmp_path / "bare.pth")

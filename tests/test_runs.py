@@ -306,7 +306,65 @@ def test_what_differentiates_twice_runs_eager(script, monkeypatch):
         assert status == 0 and "torch.compile cannot: running eager" in out
 
 
-# --------------------------------------------------------------------------------- kill and resume
+# ------------------------------------------------------------------------------------------- speed
+
+@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
+def test_the_host_never_waits_for_the_device_within_an_epoch(module, monkeypatch, script):
+    """Whatever needs a number from the device waits for all that was queued before. `attacking`
+    looks at its input on the CPU alone."""
+    inside = []
+
+    def watched(name, genuine):
+        def call(tensor, *args, **kwargs):
+            caller = sys._getframe(1).f_code.co_name
+            assert not inside or caller == "attacking", f"{name} in {caller}"
+            return genuine(tensor, *args, **kwargs)
+        return call
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+    start, end = bookkeeping.Run.start_epoch, bookkeeping.Run.end_epoch
+    seen = []
+
+    def begin(run):
+        start(run)
+        inside.append(1)
+        seen.append(run.steps)
+
+    def finish(run, *args):
+        inside.clear()
+        end(run, *args)
+    monkeypatch.setattr(bookkeeping.Run, "start_epoch", begin)
+    monkeypatch.setattr(bookkeeping.Run, "end_epoch", finish)
+    options = ["--kd", "none", "--steps", 1, "--no-swa"] if module is kd_swa else []
+    status, _, err = script(module, *TINY, "--epochs", 1, *options)
+    assert status == 0, err
+    assert seen[0] > 3
+
+
+def test_compiled_attacks_compute_no_weight_gradients_and_nothing_is_compiled_twice(
+        script, monkeypatch):
+    """Of the compiled backward passes, those of the attack have no gradient of a weight in them."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    weight_gradients, epochs = [], []
+
+    def backward(graph, _):
+        weight_gradients.append(sum(
+            node.args[-1][1] for node in graph.graph.nodes
+            if node.target is torch.ops.aten.convolution_backward.default))
+        return make_boxed_func(graph.forward)
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+                           bw_compiler=backward)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    end = bookkeeping.Run.end_epoch
+    monkeypatch.setattr(bookkeeping.Run, "end_epoch", lambda run, *args: (
+        epochs.append(len(weight_gradients)), end(run, *args)))
+    status, _, err = script(backward_smoothing, *TINY, "--compile", "--precision", "fp32")
+    assert status == 0, err
+    convolutions = 12
+    assert weight_gradients == [0, convolutions]  # the attack's graph, and the training step's
+    assert epochs == [2, 2]
+
 
 def test_compile_trains_the_same_network(script, tmp_path, monkeypatch):
     """Captured and differentiated by torch.compile; only its code generator, slow to start, is left
@@ -319,6 +377,8 @@ def test_compile_trains_the_same_network(script, tmp_path, monkeypatch):
     a, b = (weights(tmp_path / out / "last.pt") for out in ("eager", "compiled"))
     assert all(torch.allclose(a[name].float(), b[name].float(), atol=1e-3) for name in a)
 
+
+# --------------------------------------------------------------------------------- kill and resume
 
 def wait_for(line, process):
     """Reads the process's output up to `line`."""
