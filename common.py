@@ -286,8 +286,11 @@ def pgd_attack(model, x, y, eps, alpha, steps, restarts=1, norm="linf", loss="ce
     x_adv, right = x.clone(), torch.arange(len(x), device=x.device)
     with attacking(model, x):
         for _ in range(restarts):
+            # Drawn for all of them, so that leaving some out changes nothing for the others.
+            point = random_start(x, eps, norm, generator)[right]
+            if not len(right):
+                continue
             clean, label = x[right], y[right]
-            point = random_start(clean, eps, norm, generator)
             for _ in range(steps):
                 point.requires_grad_()
                 gradient, = torch.autograd.grad(objective(model(point), label), point)
@@ -295,8 +298,6 @@ def pgd_attack(model, x, y, eps, alpha, steps, restarts=1, norm="linf", loss="ce
             x_adv[right] = point
             with torch.no_grad():
                 right = right[model(point).argmax(1) == label]
-            if not len(right):
-                break
     return x_adv
 
 
