@@ -423,7 +423,7 @@ def still_right(model, x, y, *attacks, batch_size=None, show=lambda done: None):
     """Which pictures the model gets right after all of the attacks(model, x, y) -> x_adv, of which
     each only sees what the earlier ones have left, in full batches; without any, which it gets
     right at all. bool N, computed in fp32. x uint8 N x 3 x H x W. `show` is told of N how many."""
-    size, right = batch_size or (64 if x.device.type == "cpu" else 1000), torch.ones_like(y).bool()
+    size, right = batch_size or (128 if x.device.type == "cpu" else 1000), torch.ones_like(y).bool()
     with exact(model) as network:
         for i, attack in enumerate(attacks or [lambda model, x, y: x]):
             left = right.nonzero()[:, 0]

@@ -54,7 +54,7 @@ def parse_args(argv=None):
     add("--norm", choices=["linf", "l2"], help="None: as in training, else linf")
     add("--n-examples", type=count, help="test pictures, drawn at random; None: all")
     add("--n-plot", type=count, default=100, help="of them, those used for --plots")
-    add("--batch-size", type=count, help="None: 64 on a CPU, else 1000")
+    add("--batch-size", type=count, help="None: 128 on a CPU, else 1000")
     add("--arch", choices=common.ARCHS, metavar="NAME", help="of a state dict from elsewhere")
     add("--width", type=count, help="of that architecture; None: its own")
     add("--activation", choices=common.ACTIVATIONS, help="of that architecture; None: relu")
