@@ -4,6 +4,7 @@ import argparse
 import csv
 import functools
 import json
+import math
 import re
 import shlex
 import signal
@@ -503,16 +504,38 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script
 
 # ----------------------------------------------------------------------------------- the benchmark
 
-def test_the_benchmark_prints_a_row_for_each_method(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--baseline", "--methods", "Fast AT", "TRADES", "Fast-BAT"]])
+def test_the_benchmark_prints_a_row_for_each_method(monkeypatch, capsys, tmp_path, more):
     import benchmark
     words = "--arch resnet10 --width 8 --batch-size 2 --steps 1 --json rows.json".split()
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words, *more])
     monkeypatch.chdir(tmp_path)
     benchmark.main()
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == list(benchmark.METHODS)
-    assert all(row["measured"] > 0 for row in rows)
+    assert [row["method"] for row in rows] == (more[2:] or list(benchmark.METHODS))
+    assert all(row["measured"] > 0 and row["mebibytes"] > 0 for row in rows)
+    assert [row["method"] for row in rows if row.get("faster", 0) > 0] == more[2:4]
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
+def test_the_textbook_computes_the_same_loss(model, batch, monkeypatch):
+    """Its baseline is worth comparing with only if it does the same work: same noise, same loss."""
+    import benchmark
+
+    def share(size):
+        return (torch.linspace(0, 37, math.prod(size)) % 1).view(size)
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda tensor, low=0, high=1, generator=None:
+                        tensor.copy_(low + (high - low) * share(tensor.shape)))
+    monkeypatch.setattr(torch, "rand", lambda *size, device=None: share(size))
+    monkeypatch.setattr(torch, "randn_like", lambda tensor: share(tensor.shape) - 0.5)
+    model.double().eval()
+    monkeypatch.setattr(model, "train", lambda mode=True: model)  # the same statistics throughout
+    x, y = batch[0].double(), batch[1]
+    for name, module in (("Fast AT", fast_at), ("TRADES", trades),
+                         ("Backward Smoothing", backward_smoothing)):
+        args = module.parse_args(["--attack-bn", "eval"])
+        theirs = benchmark.TEXTBOOK[name](model, x, y).item()
+        assert theirs == pytest.approx(module.training_loss(model, x, y, args).item()), name
 
 
 # -------------------------------------------------------------------------------------- the README
