@@ -549,18 +549,17 @@ def plot_logits(subjects, args):
 def plot_sheet(subjects, args):
     """A picture of each class: clean, the perturbation (-eps black, +eps white) and their sum, each
     under the class that the model sees in it."""
-    columns = min(10, max(len(subject.classes) for subject in subjects))
+    columns, values = min(10, max(len(subject.classes) for subject in subjects)), []
     figure, axes = figure_of(3 * len(subjects), columns, 1.15 * columns + 1.3, 4 * len(subjects))
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
-    values = []
     for subject, lines in zip(subjects, axes.reshape(len(subjects), 3, columns)):
         index = torch.stack([(subject.y == c).nonzero()[0, 0] for c in subject.y.unique()[:10]])
         some = subject._replace(x=subject.x[index], y=subject.y[index])
         x, y, x_adv, *logits = attacked(some, args, 20)
         seen, seen_attacked = (part.argmax(1).tolist() for part in logits)
         noise = (0.5 + (x_adv - x) / (2 * subject.eps)).clamp(0, 1)
-        for line, word, shown, guesses in zip(lines, (label(subject), "attack", "attacked"),
+        for line, word, shown, guesses in zip(lines, ("clean", "attack", "attacked"),
                                               (x, noise, x_adv), (seen, y, seen_attacked)):
             line[0].set_ylabel(word, fontsize=11)
             for ax, picture, guess, truth in zip(line, shown, guesses, y):
@@ -568,6 +567,7 @@ def plot_sheet(subjects, args):
                 if shown is not noise:
                     ax.set_title(subject.classes[guess] + "!" * (guess != truth), fontsize=10,
                                  color=COLOURS[int(guess != truth)])
+        lines[1, columns // 2].set_title(label(subject), fontsize=12)
         values.append({"fooled %": percent(torch.tensor(seen_attacked) != y.cpu())})
     return figure, values
 

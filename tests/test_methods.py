@@ -144,14 +144,17 @@ def test_fast_at_plus_notices_a_collapse(smooth, monkeypatch):
 
     def accuracy(model, x, y, attack):
         seen.append(len(x))
-        return 90, 41.0
+        return 90, now
     monkeypatch.setattr(common, "accuracy", accuracy)
 
     def collapsed(*epochs):
         run = argparse.Namespace(rows=[dict(val_pgd=e) for e in epochs], pgd=lambda steps: None)
         return fast_at.has_collapsed(smooth, pictures, run)
+    now = 41.0
     assert not collapsed() and not collapsed(50, 30) and collapsed(30, 52, 20)
     assert seen == [128] * 3  # one batch, not all
+    now = 5.0
+    assert collapsed(12, 11) and not collapsed(9.0)  # where there is no fall of 10 points to see
 
 
 def test_fast_at_plus_trains_by_pgd_10_until_it_is_back(script, monkeypatch):
