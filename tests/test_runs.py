@@ -430,7 +430,7 @@ def test_torchrun_shares_the_work(tmp_path, name, options):
     """Two processes: one folder, and weights that are finite and saved once."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
-         ROOT / name, *TINY, "--epochs", "1", "--out", "run", *options],
+         ROOT / name, *map(str, SHORT), "--epochs", "1", *options],
         cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test pictures; PGD") == (1 if not options else 3)  # two teachers
