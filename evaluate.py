@@ -40,8 +40,7 @@ def parse_args(argv=None):
     add("--attack", nargs="+", default=["pgd", "lite"], choices=[*ATTACKS, "none"], metavar="NAME",
         help="PGD on cross-entropy (pgd) or Carlini & Wagner's margin, AutoAttack-lite, Square, "
         "Carlini & Wagner's L2 attack (cw), RayS; or none: " + " ".join(ATTACKS))
-    add("--surrogate", nargs="+", default=[], metavar="CKPT",
-        help="networks to attack by PGD in place of the checkpoints: a transfer attack")
+    add("--surrogate", nargs="+", default=[], metavar="CKPT", help="also transfer PGD from these")
     add("--checklist", action="store_true", help="look for signs of gradient masking")
     add("--plots", nargs="*", choices=list(PLOTS), metavar="NAME",
         help="pictures, all or among " + ", ".join(PLOTS))
@@ -59,8 +58,7 @@ def parse_args(argv=None):
     add("--width", type=count, help="of that architecture; None: its own")
     add("--activation", choices=common.ACTIVATIONS, help="of that architecture; None: relu")
     add("--mean", type=float, nargs=3, help="normalisation of a state dict from elsewhere")
-    add("--std", type=float, nargs=3, help="both None: what it holds, else what fits better of "
-        "none and the data set's statistics")
+    add("--std", type=float, nargs=3, help="both None: what it holds, else what fits better")
     add("--dataset", help="None: as in training")
     add("--data-dir", metavar="DIR", help="None: as in training, else data")
     add("--seed", type=common.number(int, 0), default=0, help="of examples and noise")
@@ -258,7 +256,7 @@ def attacks(subject, args, surrogates):
         "cw": ("CW-L2", cw_l2),
         "rays": (f"RayS-{args.queries}", lambda *batch: rays(*batch, args.queries)),
     } | {f"transfer {i}": (f"transfer {i}", functools.partial(pgd, target=surrogate, restarts=1))
-         for i, surrogate in enumerate(surrogates, 1)}
+         for i, (_, surrogate, *_) in enumerate(surrogates, 1)}
     return {column: parts for name, (column, *parts) in named.items()
             if name in args.attack or name.startswith("transfer")}
 
@@ -608,13 +606,15 @@ def main(args):
     folders = [Path("runs", f"evaluation-{i}") for i in range(1, 10_000)]
     folder = Path(args.out) if args.out else next(f for f in folders if not f.exists())
     if (folder / "result.json").exists():
-        raise common.UserError(f"{folder} holds a result, which is never overwritten: take "
-                               "another --out")
+        raise common.UserError(f"{folder} holds a result, never overwritten: take another --out")
     if args.checklist:
         args.attack = list(dict.fromkeys([*args.attack, "pgd", "lite", "square"]))
     read_data = functools.cache(lambda dataset, data_dir: load_data(dataset, data_dir, args.device))
     subjects = [load_subject(path, args, read_data) for path in args.checkpoints]
-    surrogates = [load_subject(path, args, read_data).model for path in args.surrogate]
+    surrogates = [load_subject(path, args, read_data) for path in args.surrogate]
+    for path, _, _, classes, *_ in surrogates:
+        if any(classes != subject.classes for subject in subjects):
+            raise common.UserError(f"{path} cannot be a surrogate: it knows other classes")
     rows, kept = zip(*[evaluate(subject, args, surrogates) for subject in subjects])
     result = dict(command=shlex.join(sys.argv), args=vars(args), rows=rows, plots={})
     print(table(rows))

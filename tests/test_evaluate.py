@@ -253,6 +253,21 @@ def test_transferred_attacks_are_made_on_the_surrogate(script, checkpoint, tmp_p
     assert re.search(r"(pass|WARN)  accuracy falls to 0 as eps grows: .* % at 8, .* % at 128", out)
 
 
+def test_a_surrogate_with_other_classes(script, checkpoint, folder, tmp_path):
+    script(backward_smoothing, "--dataset", "pets", "--arch", "resnet10", "--width", 8, "--epochs",
+           1, "--batch-size", 4, "--val-size", 4, "--out", "pets-run")
+    one_line(*script(evaluate, "run/best.pt", *FAST, "--surrogate", "pets-run/best.pt")[::2],
+             "pets-run/best.pt cannot be a surrogate: it knows other classes")
+
+
+def test_a_result_is_never_overwritten(script, checkpoint, tmp_path):
+    assert script(evaluate, "run/best.pt", "--attack", "none", "--out", "there")[0] == 0
+    before = (tmp_path / "there/result.json").read_bytes()
+    one_line(*script(evaluate, "run/best.pt", "--attack", "none", "--out", "there")[::2],
+             "there holds a result, never overwritten: take another --out")
+    assert (tmp_path / "there/result.json").read_bytes() == before
+
+
 def test_zero_gradients_are_noticed(script, checkpoint, tmp_path):
     """Logits a million times larger saturate the softmax, so that no gradient is left to follow."""
     state = torch.load(checkpoint, weights_only=True)
