@@ -1,6 +1,7 @@
 """Fixtures: tiny models, tiny data sets, and a script run as from the command line."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,10 +49,13 @@ def folder(tmp_path):
 
 
 def command(script, *options, cwd, **kwargs):
-    """Starts a script in a process of its own, in the folder `cwd`."""
+    """Starts a script in a process of its own, in the folder `cwd`. It listens to Ctrl-C even where
+    the tests themselves do not, as in the background of a shell."""
     return subprocess.Popen([sys.executable, ROOT / script, *map(str, options)], cwd=cwd, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"PYTHONUNBUFFERED": "1"}, **kwargs)
+                            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                            **kwargs)
 
 
 @pytest.fixture
