@@ -1,12 +1,15 @@
-"""The bookkeeping of a training: its folder, log, checkpoints, resuming and test at the end."""
+"""Checkpoints, and the bookkeeping of a training: its folder, log, resuming and test at the end."""
 
+import contextlib
 import json
 import math
+import os
 import platform
 import shlex
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,136 @@ import torch
 import torch.distributed as dist
 import torchvision
 
-from common import (RANK, WORLD, UserError, accuracy, average, load, pgd_attack, progress, save,
-                    say)
-from models import uncompiled
+from common import (RANK, WORLD, UserError, accuracy, average, pgd_attack, progress, say,
+                    statistics, still_right)
+from models import build_model, canonical, uncompiled
 
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+def save(content, path):
+    """Text, or tensors and plain types, to a temporary file that takes its place at `path` once it
+    is on the disk; process 0 alone does so. UserError if it cannot."""
+    if RANK:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # it may be what fills the disk
+        disk = next(str(p) for p in path.absolute().parents if os.path.ismount(p))
+        raise UserError(f"cannot write {path}: {error.strerror} (disk {disk}); what was there is "
+                        "whole: mend that, and go on (a training with --resume)") from None
+
+
+def load(path, device="cpu"):
+    """Tensors and plain types from a file, of which nothing is ever executed. UserError for a file
+    that is damaged, holds anything else, or would unpack to more than its own size."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if sum(part.file_size for part in file.infolist()) > path.stat().st_size:
+                    raise ValueError("packed, which torch.save never does")
+                if damaged := file.testzip():  # torch.load would not notice
+                    raise ValueError(f"{damaged} is damaged")
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        reason = f"is no checkpoint, or is cut short or damaged ({' '.join(str(error).split())[:80]})"
+        if "Weights only load failed" in str(error):
+            reason = "holds Python objects, which could execute code: save a state_dict() alone"
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(200).lstrip().startswith(b"<"):
+                reason = "is a web page: download the file itself"
+    raise UserError(f"{path} {reason}")
+
+
+def load_model(path, device, arch=None, width=None, activation=None, data=None, mean=None,
+               std=None):
+    """The network in a checkpoint of these scripts, and the settings it was trained with as a dict.
+
+    A state dict from elsewhere needs `arch`, and `data` for its classes; its settings only tell the
+    "normalisation". That is `mean` and `std` where given, else what it holds itself; else what
+    gets more of 500 training pictures right: none, or the data's statistics. UserError where the
+    weights do not fit.
+    """
+    state = load(path, device)
+    ours = isinstance(state, dict) and "args" in state
+    if not ours and not (arch and data):
+        raise UserError(f"{path} does not say what it is: name its --arch and --dataset")
+    try:
+        weights, settings, choices = (unpack(state) if ours else
+                                      unpack_foreign(state, arch, data, mean, std))
+        stem = weights["conv1.weight"].shape[-1] if "conv1.weight" in weights else 3
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        what = "no sound checkpoint" if ours else "no state dict, or another architecture"
+        raise UserError(f"{path} holds {what}") from None
+    best = -1
+    for name, normalisation in choices.items():
+        form = (arch or settings["arch"], len(settings["classes"]),
+                width or settings.get("width"), activation or settings.get("activation", "relu"),
+                *normalisation, 224 if stem == 7 else 32)
+        try:
+            with torch.device("meta"):  # the shapes alone: a false width must not fill the memory
+                build_model(*form).load_state_dict(weights, assign=True)
+            candidate = build_model(*form)
+            candidate.load_state_dict(weights)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            detail = str(error).splitlines()[-1].strip()
+            raise UserError(f"{path} holds another architecture ({detail})") from None
+        candidate.to(device, memory_format=torch.channels_last)
+        right = 0 if ours or len(choices) == 1 else still_right(
+            candidate, *(part[:500] for part in data.train)).sum().item()
+        if right > best:
+            best, model, settings["normalisation"] = right, candidate, name
+    return model, settings
+
+
+def unpack(state):
+    """Of a checkpoint of these scripts: weights, settings, and mean and std by name. KeyError,
+    TypeError or ValueError where it has been tampered with."""
+    settings = state["args"] | {key: state[key] for key in ("classes", "epoch", "rows")}
+    for key, kind in dict(arch=str, activation=str, dataset=str, data_dir=str, norm=str, eps=float,
+                          classes=list, epoch=int).items():
+        if not isinstance(settings[key], kind):
+            raise TypeError(key)
+    if not 0 < settings["eps"] <= 1 or settings["norm"] not in ("linf", "l2"):
+        raise ValueError("eps or norm")
+    "".join(settings["classes"])
+    sum(row[key] for row in settings["rows"] for key in ("loss", "seconds", "val_clean", "val_pgd"))
+    return state["model"], settings, {"of the run": (state["mean"], state["std"])}
+
+
+def unpack_foreign(state, arch, data, mean, std):
+    """The same of a state dict from elsewhere, for each normalisation that it may have."""
+    inside = [key for key in ("state_dict", "model_state_dict", "model", "net")
+              if isinstance(state.get(key), dict)]
+    weights, *held = canonical(state[inside[0]] if inside else state, arch)
+    choices = {"none": ((0.0,) * 3, (1.0,) * 3), "of the data": statistics(data)}
+    if all(held):
+        choices = {"of the checkpoint": held}
+    if mean and std:
+        choices = {"as given": (mean, std)}
+    return weights, dict(classes=data.classes), choices
+
+
+def check_classes(path, settings, data):
+    """UserError where a checkpoint knows another number of classes than the data set has."""
+    n = len(settings.get("classes", data.classes))
+    if n != len(data.classes):
+        raise UserError(f"{path} tells {n} classes apart, the data set has {len(data.classes)}: "
+                        "name the right --dataset")
+
+
+# ---------------------------------------------------------------------------------- a run's folder
 
 def claim_folder(args):
     """The folder of a new run, --out or the next free runs/NAME; with --resume, of an old one."""
@@ -31,9 +160,14 @@ def claim_folder(args):
         if not held:
             raise UserError(f"{folders[0]} holds no run to resume: leave out --resume")
         folder, differ = (unfinished or held)[-1], []
-        before = json.loads((folder / "args.json").read_text())["args"]
+        try:
+            before = dict(json.loads((folder / "args.json").read_text())["args"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{folder}/args.json is damaged: begin anew, with another --out"
+                            ) from None
         for key, value in vars(args).items():
-            if key not in ("out", "resume", "data_dir", "device") and before.get(key) != value:
+            free = key in ("out", "resume", "data_dir", "device", "stream", "on_bad_file")
+            if not free and before.get(key) != value:
                 differ.append(f"--{key.replace('_', '-')} was {before.get(key)}, is {value}")
         if differ:
             raise UserError(f"{folder} was begun with other settings: {'; '.join(differ)}")
@@ -71,19 +205,17 @@ class Run:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.steps, args.out, self.random = n // args.batch_size, str(self.folder), None
         if args.resume and (self.folder / "last.pt").exists():
-            state = load(self.folder / "last.pt", args.device)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            self.epoch, self.rows, self.random = state["epoch"], state["rows"], state["random"]
-            for prefix, weights in state["beside"].items():
-                self.beside(prefix).load_state_dict(weights)
+            try:
+                self.go_on_from(load(self.folder / "last.pt", args.device))
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                raise UserError(f"{self.folder}/last.pt is damaged: begin anew, with another --out"
+                                ) from None
         cuda = args.device.startswith("cuda")
         self.about = dict(command=shlex.join(sys.argv), args=vars(args), versions=dict(
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
             torchvision=torchvision.__version__, threads=torch.get_num_threads(),
             device=torch.cuda.get_device_name(args.device) if cuda else platform.machine()))
-        if RANK == 0 and not self.epoch:
+        if not self.epoch:
             save(json.dumps(self.about, indent=1), self.folder / "args.json")
         say(textwrap.fill(" ".join(f"{key}={value}" for key, value in vars(args).items()), 100,
                           break_long_words=False, break_on_hyphens=False))
@@ -93,6 +225,22 @@ class Run:
         say(f"{self.folder}, from epoch {self.epoch + 1}")
         self.header = "epoch      lr    loss  val clean %  val PGD-10 %  seconds"
         self.progress = progress("step", args.epochs * self.steps, self.epoch * self.steps)
+
+    def go_on_from(self, state):
+        _, settings, _ = unpack(state)
+        self.epoch, self.rows, self.random = settings["epoch"], settings["rows"], state["random"]
+        if len(self.rows) != self.epoch or not all(map(str.isidentifier, state["beside"])):
+            raise ValueError("rows, or a prefix that would lead elsewhere")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for prefix, weights in state["beside"].items():
+            self.beside(prefix).load_state_dict(weights)
+        self.restore_generators()  # already, because states that do not fit raise
+
+    def restore_generators(self):
+        for module, state in zip(generators(self.args.device), self.random[RANK]):
+            module.set_rng_state(state.cpu())
 
     def beside(self, prefix):
         """The network kept under `prefix`; at first a copy of the one that is trained."""
@@ -108,8 +256,7 @@ class Run:
         if self.header:  # the first of this process: each of torchrun's draws noise of its own
             torch.manual_seed(self.args.seed + 1_000_003 * (RANK + 1))
             if self.random:
-                for module, state in zip(generators(self.args.device), self.random[RANK]):
-                    module.set_rng_state(state.cpu())
+                self.restore_generators()
             say(self.header)
         self.header = None
         self.model.train()
@@ -141,8 +288,7 @@ class Run:
         self.random = [random] * WORLD
         if WORLD > 1:
             dist.all_gather_object(self.random, random)
-        if RANK == 0:
-            self.save_checkpoints()
+        self.save_checkpoints()
         for prefix in self.models:
             clean, pgd = row[f"{prefix}val_clean"], row[f"{prefix}val_pgd"]
             say(f"{self.epoch:5}  {lr:6.4f}  {loss:6.3f}  {clean:11.1f}  {pgd:12.1f}  "
@@ -172,8 +318,8 @@ class Run:
     def finish(self):
         """Tests best and last of each network: prints both and their difference, writes
         result.json."""
-        if RANK:
-            return dist.barrier()  # until process 0 has written it
+        if WORLD > 1:
+            dist.barrier()  # until process 0 has written the checkpoints
         scores, (x, y) = {}, self.pictures.test
         say("\n               epoch  val clean %  val PGD-10 %  test clean %  test PGD-20 %")
         for prefix, model in self.models.items():
@@ -195,9 +341,10 @@ class Run:
         say(f"{len(y):,} test pictures; PGD: 1 restart, step eps/4; held-out PGD-10 chose best.pt")
         result = self.about | scores | dict(n_test=len(y), train_seconds=sum(
             row["seconds"] for row in self.rows))
-        save(json.dumps(result, indent=1), self.folder / "result.json")
-        draw_curves([(f"{self.folder.name} {prefix}".strip(" _"), self.rows, prefix)
-                     for prefix in self.models]).savefig(self.folder / "curves.png", dpi=100)
+        if RANK == 0:
+            draw_curves([(f"{self.folder.name} {prefix}".strip(" _"), self.rows, prefix)
+                         for prefix in self.models]).savefig(self.folder / "curves.png", dpi=100)
+        save(json.dumps(result, indent=1), self.folder / "result.json")  # says: this is finished
         say(f"{self.folder} holds " + " ".join(sorted(file.name for file in self.folder.iterdir())))
         if WORLD > 1:
             dist.barrier()

@@ -1,4 +1,4 @@
-"""What the method scripts share: options, attacks, the network's preparation, and checkpoints.
+"""What the method scripts share: options, attacks, accuracy under them, and the optimisation.
 
 Pictures are floats in [0, 1], N x 3 x H x W, except where uint8 is said. The command line takes eps
 and steps in pixels of 255; `pixels` divides by 255, once.
@@ -7,8 +7,10 @@ and steps in pixels of 255; `pixels` divides by 255, once.
 import argparse
 import contextlib
 import ctypes
+import datetime
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from models import ACTIVATIONS, ARCHS, build_model, canonical, folded
+from models import ACTIVATIONS, ARCHS, build_model, folded
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
@@ -37,29 +39,46 @@ def keep_memory():
 
 
 def main(parse_args, run):
-    """Runs a script, run(parse_args()); bad input and Ctrl-C end in one line and status 2."""
+    """Runs a script, run(parse_args()). Bad input, a full disk or memory, Ctrl-C, a scheduler's
+    SIGTERM and the loss of one of torchrun's processes end in one line and status 2."""
     args = argparse.Namespace(out=None)
     keep_memory()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
     try:
         args = parse_args()
-        if WORLD > 1:
-            if args.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if WORLD > 1:  # one may have to download and decode while the others wait
+            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo",
+                                    timeout=datetime.timedelta(hours=2))
         return run(args)
     except UserError as error:
         message = error
-    except KeyboardInterrupt:
-        message = "interrupted"
+    except OSError as error:
+        message = f"{error.filename or 'input or output'}: {error.strerror or error}"
+    except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
+        message = why_it_stopped(error)
+        if not message:
+            raise
         if args.out and Path(args.out, "args.json").exists():
             last = Path(args.out, "last.pt")
             kept = f"{last} holds all finished epochs" if last.exists() else "no epoch is finished"
             message += f": {kept}; the same command with --out {args.out} --resume goes on"
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for those that are ending
         if dist.is_initialized():
             dist.destroy_process_group()
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    where = f"process {RANK + 1} of {WORLD}: " if WORLD > 1 else ""
+    print(f"{Path(sys.argv[0]).name}: error: {where}{message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def why_it_stopped(error):
+    """The words for an interruption that is nobody's mistake; None for all other errors."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return "another process has ended, and none can go on alone"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't alloc" in str(error):
+        return "out of memory (a smaller --batch-size or --width takes less)"
 
 
 def say(text):
@@ -91,12 +110,12 @@ SHAPES_DEFAULTS = dict(arch="resnet10", width=16, epochs=8, batch_size=64, val_s
                        lr_schedule="cyclic")
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite int or float in [low, high]."""
+def number(kind, low, high=2**31):
+    """An argparse type: an int or float in [low, high]."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            limit = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+        if not low <= value <= high:
+            limit = f"at most {high}" if value > high else f"at least {low}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
         return value
     parse.__name__ = "number"  # argparse says "invalid number value: 'x'"
@@ -118,9 +137,18 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, script, doc):
         super().__init__(Path(script).name, description=doc, formatter_class=self.Format)
+        add = self.add_argument_group("options of pictures and machine").add_argument
+        add("--data-dir", metavar="DIR", help="where data sets are kept and cached")
+        add("--image-size", type=number(int, 32, 4096), metavar="PIXELS",
+            help="bring the shorter side to this, and crop the middle; None: as they are")
+        add("--stream", action="store_true",
+            help="read a folder's pictures when they are needed, even where all fit into memory")
+        add("--on-bad-file", default="stop", choices=["stop", "skip"],
+            help="what to do at a picture that cannot be read; in a test, a skipped one is wrong")
+        add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), or one of torch's")
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if RANK == 0 else None)
 
     def parse_args(self, argv=None):
         """As usual, with the device looked up, and paths that can be found again from anywhere."""
@@ -141,7 +169,6 @@ class TrainingParser(Parser):
         count, positive, share = number(int, 1), number(float, 1e-9), number(float, 0, 1)
         add = self.add_argument_group("options of every method").add_argument
         add("--dataset", default="cifar10", help=f"{DATASETS}, or a folder of pictures")
-        add("--data-dir", default="data", metavar="DIR", help="where data sets are kept and cached")
         add("--arch", default="resnet18", choices=ARCHS, metavar="NAME", help=", ".join(ARCHS))
         add("--width", type=number(int, 8), help="channels of the first stage; None: 64, wrn 16 K")
         add("--activation", default="relu", choices=ACTIVATIONS, help="after each BatchNorm")
@@ -159,13 +186,12 @@ class TrainingParser(Parser):
         add("--train-size", type=count, help="use only so many training pictures; None: all")
         add("--keep-epochs", action="store_true", help="keep a checkpoint of every epoch")
         add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
-        add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), or one of torch's")
         add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
             help="of training; auto: bf16 where the hardware has it. Results are always fp32")
         add("--compile", action="store_true", help="torch.compile the network for training")
         add("--out", metavar="DIR", help="run folder; None: runs/METHOD-DATASET-ARCH-epsE-seedS")
         add("--resume", action="store_true", help="go on with the run in that folder")
-        self.set_defaults(method=Path(script).stem, processes=WORLD, **defaults)
+        self.set_defaults(method=Path(script).stem, processes=WORLD, data_dir="data", **defaults)
 
     def parse_args(self, argv=None):
         """The defaults that depend on the data set or the machine are resolved here."""
@@ -182,14 +208,19 @@ class TrainingParser(Parser):
 
 
 def find_device(name):
-    """'auto' or a device of torch -> the name of a device that is here."""
+    """'auto' or a device of torch -> the name of a device that is here; of torchrun's processes
+    each takes a GPU of its own."""
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.zeros(1, device=name).item()
+    except Exception:  # what is raised depends on the device
         raise UserError(f"no device '{name}' here: leave out --device, or say cpu") from None
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
     return name
 
 
@@ -419,20 +450,41 @@ def autoattack_lite(model, x, y, eps, norm="linf", steps=100, generator=None):
     return x_adv
 
 
+def total(x):
+    """The sum of a tensor over torchrun's processes."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def sum_of(parts, device):
+    """The sum of the tensors in `parts`, of all processes, a number."""
+    return total(sum((part.sum() for part in parts), torch.zeros((), device=device))).item()
+
+
+def read(x, parts):
+    """(index, x[index]) for each index tensor of `parts`, uint8; from disk if x is a data.Stream,
+    which may leave out some of them."""
+    return x.read(parts) if hasattr(x, "read") else ((index, x[index]) for index in parts)
+
+
 def still_right(model, x, y, *attacks, batch_size=None, show=lambda done: None):
     """Which pictures the model gets right after all of the attacks(model, x, y) -> x_adv, of which
     each only sees what the earlier ones have left, in full batches; without any, which it gets
-    right at all. bool N, computed in fp32. x uint8 N x 3 x H x W. `show` is told of N how many."""
-    size, right = batch_size or (128 if x.device.type == "cpu" else 1000), torch.ones_like(y).bool()
+    right at all. bool N, computed in fp32. x uint8 N x 3 x H x W. `show` is told of N how many.
+    Each of torchrun's processes takes its share, and all return the whole."""
+    size, right = batch_size or (128 if y.device.type == "cpu" else 1000), torch.ones_like(y).bool()
     with exact(model) as network:
         for i, attack in enumerate(attacks or [lambda model, x, y: x]):
-            left = right.nonzero()[:, 0]
-            for j in range(0, len(left), size):
-                index = left[j:j + size]
-                x_adv = attack(network, x[index].float() / 255, y[index])
+            left, done = right.nonzero()[RANK::WORLD, 0], 0
+            right = torch.zeros_like(right)  # as those stay that cannot be read
+            for index, picture in read(x, left.split(size) if len(left) else []):
+                x_adv = attack(network, picture.float() / 255, y[index])
                 with torch.no_grad():
                     right[index] = network(x_adv).argmax(1) == y[index]
-                show(int(len(y) * (i + (j + len(index)) / len(left)) / max(1, len(attacks))))
+                done += len(index)
+                show(int(len(y) * (i + done / len(left)) / max(1, len(attacks))))
+            right = total(right.int()).bool()
     return right
 
 
@@ -444,13 +496,26 @@ def accuracy(model, x, y, attack, **options):
     return tuple(100 * kept.sum().item() / len(y) for kept in (right, robust))
 
 
-# ----------------------------------------------------------------- preparation and checkpoints
+def zero_gradients(model, x, y, batch_size=None):
+    """Percent of the coordinates where cross-entropy's input gradient is exactly 0: there, attacks
+    that follow the gradient do nothing. x uint8."""
+    shares, mine = [], torch.arange(len(y), device=y.device)[RANK::WORLD]
+    with exact(model) as network:
+        for index, picture in read(x, mine.split(batch_size or 64)):
+            picture = (picture.float() / 255).requires_grad_()
+            loss = cross_entropy(network(picture), y[index])
+            shares.append((torch.autograd.grad(loss, picture)[0] == 0).flatten(1).float().mean(1))
+    return 100 * sum_of(shares, y.device) / len(y)
+
+
+# ------------------------------------------------------------------------------- the optimisation
 
 def prepare_model(args, data):
     """The network that args ask for, ready for training, with the data's mean and deviation."""
     torch.manual_seed(args.seed)
     model = build_model(args.arch, len(data.classes), args.width, args.activation,
-                        *statistics(data)).to(args.device, memory_format=torch.channels_last)
+                        *statistics(data), min(data.train[0].shape[2:]))
+    model.to(args.device, memory_format=torch.channels_last)
     model.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
     if args.compile:
         model.network, model.compiled = torch.compile(model.logits), True
@@ -459,8 +524,12 @@ def prepare_model(args, data):
 
 
 def statistics(data):
-    """Mean and standard deviation of each channel, of at most 10,000 training pictures."""
-    std, mean = torch.std_mean(data.train[0][:10_000].cpu().float() / 255, dim=(0, 2, 3))
+    """Mean and standard deviation of each channel, of at most 10,000 training pictures of 32x32,
+    or of as many pixels."""
+    x = data.train[0]
+    some = torch.arange(min(len(x), -(-10_000 * 32 * 32 // (x.shape[2] * x.shape[3]))))
+    x = torch.cat([picture.cpu() for _, picture in read(x, some.split(1000))])
+    std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3))
     return mean.tolist(), std.clamp(min=1e-3).tolist()
 
 
@@ -480,81 +549,3 @@ def average(tensors):
         dist.all_reduce(flat)
         for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(mean.view_as(tensor))
-
-
-def save(content, path):
-    """Text, or tensors and plain types, to a temporary file that then takes its place at `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
-    os.replace(temporary, path)
-
-
-def load(path, device="cpu"):
-    """Tensors and plain types from a file, of which nothing is ever executed. UserError if bad."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        reason = "does not exist"
-    except Exception as error:
-        reason = f"is no checkpoint, or is cut short ({' '.join(str(error).split())[:80]})"
-        if Path(path).read_bytes()[:200].lstrip().startswith(b"<"):
-            reason = "is a web page: download the file itself"
-        elif "Weights only load failed" in str(error):
-            reason = "holds Python objects, which could execute code: save a state_dict() alone"
-    raise UserError(f"{path} {reason}")
-
-
-def load_model(path, device, arch=None, width=None, activation=None, data=None, mean=None,
-               std=None):
-    """The network in a checkpoint of these scripts, and the settings it was trained with as a dict.
-
-    A state dict from elsewhere needs `arch`, and `data` for its classes; its settings only tell the
-    "normalisation". That is `mean` and `std` where given, else what it holds itself; else what
-    gets more of 500 training pictures right: none, or the data's statistics. UserError where the
-    weights do not fit.
-    """
-    state = load(path, device)
-    if ours := "args" in state:
-        weights = state["model"]
-        settings = state["args"] | {key: state[key] for key in ("classes", "epoch", "rows")}
-        choices = {"of the run": (state["mean"], state["std"])}
-    elif arch and data:
-        settings = dict(classes=data.classes)
-        try:
-            inside = [key for key in ("state_dict", "model_state_dict", "model", "net")
-                      if isinstance(state.get(key), dict)]
-            weights, *held = canonical(state[inside[0]] if inside else state, arch)
-        except (AttributeError, TypeError):
-            raise UserError(f"{path} holds no state dict, or another architecture") from None
-        choices = {"none": ((0.0,) * 3, (1.0,) * 3), "of the data": statistics(data)}
-        if all(held):
-            choices = {"of the checkpoint": held}
-        if mean and std:
-            choices = {"as given": (mean, std)}
-    else:
-        raise UserError(f"{path} does not say what it is: name its --arch and --dataset")
-    best = -1
-    for name, (mean, std) in choices.items():
-        candidate = build_model(arch or settings["arch"], len(settings["classes"]),
-                                width or settings.get("width"),
-                                activation or settings.get("activation", "relu"), mean, std)
-        try:
-            candidate.load_state_dict(weights)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            detail = str(error).splitlines()[-1].strip()
-            raise UserError(f"{path} holds another architecture ({detail})") from None
-        candidate.to(device, memory_format=torch.channels_last)
-        right = 0 if ours or len(choices) == 1 else still_right(
-            candidate, *(part[:500] for part in data.train)).sum().item()
-        if right > best:
-            best, model, settings["normalisation"] = right, candidate, name
-    return model, settings
-
-
-def check_classes(path, settings, data):
-    """UserError where a checkpoint knows another number of classes than the data set has."""
-    n = len(settings.get("classes", data.classes))
-    if n != len(data.classes):
-        raise UserError(f"{path} tells {n} classes apart, the data set has {len(data.classes)}: "
-                        "name the right --dataset")

@@ -1,8 +1,10 @@
 """Data sets: torchvision's, folders of pictures, and the drawn `shapes`; batches, augmentation."""
 
 import contextlib
+import copy
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +13,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from torch.utils.data import DataLoader
+from torchvision.transforms.functional import center_crop, resize
 
-from common import DATASETS, RANK, WORLD, UserError, load, progress, save, say
+from bookkeeping import load, save
+from common import DATASETS, RANK, WORLD, UserError, progress, read, say
 
 
 class Data(NamedTuple):
-    """A data set on its device; each part is (x uint8 N x 3 x H x W, y int64 N)."""
+    """A data set on its device; each part is (x uint8 N x 3 x H x W, y int64 N), where x may also
+    be a Stream of such pictures."""
     train: tuple
     val: tuple    # held out of the training set, picks best.pt
     test: tuple   # used once, at the end
@@ -24,32 +30,39 @@ class Data(NamedTuple):
     flip: bool    # does a mirrored picture keep its class?
 
 
-def load_data(dataset, data_dir, device, val_size=1, train_size=None):
-    """Reads or draws a data set, with the same held-out part for all seeds. UserError if it is bad.
+def load_data(args):
+    """Reads or draws args.dataset, with the same held-out part for all seeds. UserError if it is
+    bad.
 
-    With `train_size` only so many training pictures are kept, again the same for all seeds.
+    With args.train_size only so many training pictures are kept, again the same for all seeds.
     Of torchrun's processes the first downloads and decodes while the others wait.
     """
+    dataset, data_dir, size = args.dataset, args.data_dir, args.image_size
     if RANK > 0:
         dist.barrier()
     if dataset == "shapes":
-        train, test, classes = draw_shapes(2000 + val_size, 0), draw_shapes(1000, 1), list(SHAPES)
+        train, test = draw_shapes(2000 + args.val_size, 0), draw_shapes(1000, 1)
+        classes = list(SHAPES)
     elif dataset in TORCHVISION:
         train, test, classes = read_torchvision(dataset, data_dir)
     else:
-        train, test, classes = read_folder(dataset, data_dir)
+        train, test, classes = read_folder(args)
     if RANK == 0 and WORLD > 1:
         dist.barrier()
+    if size and train[0].shape[2:] != (size, size):  # folders come in that size already
+        train, test = ((torch.cat([center_crop(resize(part, size), size)
+                                   for part in x.split(1000)]), y) for x, y in (train, test))
     if min(train[0].shape[2:]) < 32:
         height, width = train[0].shape[2:]
         raise UserError(f"{dataset} has pictures of {width}x{height}, but the networks halve them "
-                        "up to five times: enlarge them to 32x32 or more")
-    if val_size >= len(train[1]):
-        raise UserError(f"--val-size {val_size} leaves none of {len(train[1])} training pictures")
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(train[1])))
-    order = order[:val_size], order[val_size:][:train_size]
+                        "up to five times: enlarge them, for instance by --image-size 32")
+    n = len(train[1])
+    if args.val_size >= n:
+        raise UserError(f"--val-size {args.val_size} leaves none of {n} training pictures")
+    order = torch.from_numpy(np.random.default_rng(0).permutation(n))
+    order = order[:args.val_size], order[args.val_size:][:args.train_size]
     val, train = ([t[index] for t in train] for index in order)
-    parts = [(x.to(device), y.to(device)) for x, y in (train, val, test)]
+    parts = [(x.to(args.device), y.to(args.device)) for x, y in (train, val, test)]
     return Data(*parts, classes, flip=dataset not in ("svhn", "shapes"))
 
 
@@ -61,9 +74,11 @@ def batches(data, args, epoch):
     x, y = data.train
     order = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch)
     order = torch.randperm(len(y), generator=order).to(y.device)
-    for index in order.split(args.batch_size)[:len(y) // args.batch_size]:
-        index = index[RANK::WORLD]
-        yield augment(x[index], data.flip), y[index]
+    parts = order.split(args.batch_size)[:len(y) // args.batch_size]
+    for index, picture in read(x, [part[RANK::WORLD] for part in parts]):
+        if not len(index):
+            raise UserError("not one picture of a batch can be read: is the disk still there?")
+        yield augment(picture, data.flip), y[index]
 
 
 def augment(x, flip, padding=4):
@@ -111,15 +126,16 @@ def read_torchvision(dataset, data_dir):
     return *out, list(getattr(parts[0], "classes", "0123456789"))
 
 
-def read_folder(dataset, data_dir):
-    """train/CLASS/*, test/CLASS/* (or val/): train (x, y), test (x, y) and the class names."""
-    tiny = dataset == "tiny-imagenet"
-    root = Path(data_dir, "tiny-imagenet-200") if tiny else Path(dataset)
+def read_folder(args):
+    """train/CLASS/*, test/CLASS/* (or val/): train (x, y), test (x, y) and the class names. x is in
+    memory if there is room, else a Stream."""
+    tiny = args.dataset == "tiny-imagenet"
+    root = Path(args.data_dir, "tiny-imagenet-200") if tiny else Path(args.dataset)
     test_root = root / ("test" if not tiny and (root / "test").is_dir() else "val")
     for folder in (root / "train", test_root):
         if not folder.is_dir():
             raise UserError(f"no folder {folder}: " + (
-                f"unpack tiny-imagenet-200.zip in {data_dir} (--data-dir)" if tiny else
+                f"unpack tiny-imagenet-200.zip in {args.data_dir} (--data-dir)" if tiny else
                 f"--dataset takes {DATASETS}, or a folder with pictures in train/CLASS/* and "
                 "test/CLASS/*"))
     try:
@@ -134,39 +150,135 @@ def read_folder(dataset, data_dir):
         raise UserError(f"{root}: {error}") from None
     if unknown := {label for _, label in test} - set(train.classes):
         raise UserError(f"{test_root} has classes that train/ lacks: {', '.join(sorted(unknown))}")
-    samples = train.samples + [(path, train.class_to_idx[label]) for path, label in test]
-    x = decode([path for path, _ in samples], root.resolve(), data_dir, train.loader)
-    y, n = torch.tensor([label for _, label in samples]), len(train)
+    paths, labels = zip(*train.samples, *((path, train.class_to_idx[name]) for path, name in test))
+    x, y, n = Stream(paths, args), torch.tensor(labels), len(train)
+    if not args.stream and fits(x.shape.numel(), args.device):
+        x, kept = decode_once(x, root.resolve(), args)
+        y, n = y[kept], int(kept[:n].sum())
     return (x[:n], y[:n]), (x[n:], y[n:]), train.classes
 
 
-def decode(paths, root, data_dir, loader):
-    """The pictures at `paths`, uint8 N x 3 x H x W; decoded once, then cached in data_dir."""
-    try:
-        stats = [(path, os.stat(path)) for path in paths]
-    except OSError as error:  # Tiny ImageNet's list names a picture that is not there
-        raise UserError(f"{error.filename}: {error.strerror}") from None
-    key = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats)
-    key = hashlib.sha256(key.encode()).hexdigest()[:16]
-    cache = Path(data_dir, f"{root.name}-{key}.pt")
-    with contextlib.suppress(UserError):  # none yet, or a damaged one
-        return load(cache)
-    say(f"decoding {len(paths):,} pictures of {root}, once; the cache will be {cache}")
-    x, show = None, progress("decoding picture", len(paths))
-    for i, path in enumerate(paths):
+def fits(size, device):
+    """Is there room for so many bytes, of the host's memory and the device's, beside a training?"""
+    free = [size * 4]
+    if hasattr(os, "sysconf"):  # not on Windows
+        copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // copies)
+    if device.startswith("cuda"):
+        free.append(torch.cuda.mem_get_info(device)[0])
+    return 4 * size <= min(free)
+
+
+class Stream:
+    """Pictures that stay on disk, in place of a uint8 tensor N x 3 x H x W: it has a shape, an
+    index takes a part of it, and `read` reads. UserError if it holds no picture."""
+
+    def __init__(self, paths, args):
+        self.paths = np.array([os.fsencode(path) for path in paths])  # as a list it would be copied
+        self.size, self.skip, self.device = args.image_size, args.on_bad_file == "skip", "cpu"
+        self.told, self.form = set(), (3, args.image_size, args.image_size)
+        if not self.size:  # then the first one that can be read tells
+            for path in map(os.fsdecode, self.paths):
+                with contextlib.suppress(Exception):
+                    self.form = open_picture(path, None).shape
+                    return
+            raise UserError(f"{path}, like all before it, is no picture")
+
+    @property
+    def shape(self):
+        return torch.Size([len(self.paths), *self.form])
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        part = copy.copy(self)
+        part.paths = self.paths[index.cpu() if isinstance(index, torch.Tensor) else index]
+        return part
+
+    def to(self, device):
+        """The same, with pictures that are read to this device."""
+        self.device = device
+        return self
+
+    def read(self, parts):
+        """(index, its pictures) for each index tensor of `parts`, decoded ahead by processes of
+        their own. One that cannot be used stops the program or, as --on-bad-file has it, is named
+        once and left out. UserError."""
+        parts, cores = list(parts), os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):  # those that this process may use
+            cores = len(os.sched_getaffinity(0))
+        loader = DataLoader(
+            self, batch_size=None, sampler=[part.cpu() for part in parts], collate_fn=decode,
+            num_workers=min(len(parts), max(1, cores // WORLD)), generator=torch.Generator(),
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
+            pin_memory=self.device.startswith("cuda"))
         try:
-            picture = torch.from_numpy(np.array(loader(path))).permute(2, 0, 1)
-        except Exception as error:
-            raise UserError(f"{path} is broken ({error}): replace or remove it") from None
-        x = torch.empty(len(paths), *picture.shape, dtype=torch.uint8) if x is None else x
-        if picture.shape != x.shape[1:]:
-            raise UserError(f"{path} is {picture.shape[2]}x{picture.shape[1]}, but {paths[0]} is "
-                            f"{x.shape[3]}x{x.shape[2]}: bring all to one size first, for instance "
-                            "with ImageMagick: mogrify -resize '32x32!' FILES")
-        x[i] = picture
-        show(i + 1)
-    save(x, cache)
-    return x
+            for index, (good, pictures, broken) in zip(parts, loader):
+                for path, reason in broken.items():
+                    what = f"{path} cannot be used ({reason})"
+                    if not self.skip:
+                        raise UserError(f"{what}: replace or remove it, or --on-bad-file skip")
+                    if path not in self.told:
+                        print(f"skipping a bad file: {what}", file=sys.stderr)
+                        self.told.add(path)
+                yield index[good.to(index.device)], pictures.to(self.device, non_blocking=True)
+        except RuntimeError as error:  # one of those processes was killed
+            raise UserError(f"reading pictures failed: {' '.join(str(error).split())}") from None
+
+
+def open_picture(path, size):
+    """A file's picture, uint8 3 x H x W, with `size` brought to size x size."""
+    picture = torchvision.datasets.folder.default_loader(path)
+    if size:
+        picture = center_crop(resize(picture, size), size)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def decode(part):
+    """Of a Stream: the places and the pictures of those that can be used, and by path why others
+    cannot."""
+    good, pictures, broken = [], torch.empty(part.shape, dtype=torch.uint8), {}
+    for i, path in enumerate(map(os.fsdecode, part.paths)):
+        try:
+            picture = open_picture(path, part.size)
+            if picture.shape != pictures.shape[1:]:
+                sizes = ["{2}x{1}".format(*x.shape[-3:]) for x in (picture, pictures)]
+                raise ValueError("it is {}, others are {}: --image-size brings all to one size"
+                                 .format(*sizes))
+            pictures[len(good)] = picture
+            good.append(i)
+        except Exception as error:  # PIL raises nearly anything
+            broken[path] = " ".join(str(error).split())
+    return torch.tensor(good, dtype=torch.int64), pictures[:len(good)], broken
+
+
+def decode_once(stream, root, args):
+    """All pictures of a Stream, and which of them those are, bool N; cached in data_dir."""
+    stamps = [f"{args.image_size} {args.on_bad_file}"]
+    for path in map(os.fsdecode, stream.paths):
+        stat = os.stat(path) if os.path.exists(path) else None
+        stamps.append(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}")
+    key = hashlib.sha256("\n".join(stamps).encode(errors="surrogateescape")).hexdigest()[:16]
+    cache = Path(args.data_dir, f"{root.name}-{key}.pt")
+    with contextlib.suppress(UserError, AttributeError, TypeError, ValueError):  # none, or damaged
+        x, kept = load(cache)
+        if (x.dtype, x.shape[1:]) == (torch.uint8, stream.shape[1:]) and kept.dtype == torch.bool:
+            if kept.shape == (len(stream),) and kept.sum() == len(x):
+                return x, kept
+    n = len(stream)
+    say(f"decoding {n:,} pictures of {root}, once; the cache will be {cache}")
+    x, kept = torch.empty(stream.shape, dtype=torch.uint8), torch.zeros(n, dtype=torch.bool)
+    show = progress("decoding picture", n)
+    for index, pictures in stream.read(torch.arange(n).split(256)):
+        x[index], kept[index] = pictures, True
+        show(int(index[-1]) + 1 if len(index) else 1)
+    x = x if kept.all() else x[kept]
+    try:
+        save([x, kept], cache)
+    except UserError as error:
+        say(f"warning: no cache: {error}")
+    return x, kept
 
 
 SHAPES = {  # about the signed distance to the outline of a shape in [-1, 1]^2; v points down

@@ -12,6 +12,7 @@ are right without it, and leaves alone what it has fooled; PGD looks only betwee
 accuracy under attack is an upper bound on the true one.
 """
 
+import argparse
 import functools
 import json
 import math
@@ -27,7 +28,8 @@ import torch.nn.functional as F
 
 import common
 from backward_smoothing import backward_smoothing
-from bookkeeping import COLOURS, draw_curves
+from bookkeeping import COLOURS, check_classes, draw_curves, load_model, save
+from common import read, say, sum_of
 from data import load_data
 from fast_at import misalignment
 
@@ -55,14 +57,13 @@ def parse_args(argv=None):
     add("--n-plot", type=count, default=100, help="of them, those used for --plots")
     add("--batch-size", type=count, help="None: 128 on a CPU, else 1000")
     add("--arch", choices=common.ARCHS, metavar="NAME", help="of a state dict from elsewhere")
-    add("--width", type=count, help="of that architecture; None: its own")
+    add("--width", type=common.number(int, 8), help="of that architecture; None: its own")
     add("--activation", choices=common.ACTIVATIONS, help="of that architecture; None: relu")
-    add("--mean", type=float, nargs=3, help="normalisation of a state dict from elsewhere")
-    add("--std", type=float, nargs=3, help="both None: what it holds, else what fits better")
+    add("--mean", type=common.number(float, -1), nargs=3, help="normalisation of such a state dict")
+    add("--std", type=common.number(float, 1e-6), nargs=3,
+        help="both None: what it holds, else what fits better")
     add("--dataset", help="None: as in training")
-    add("--data-dir", metavar="DIR", help="None: as in training, else data")
     add("--seed", type=common.number(int, 0), default=0, help="of examples and noise")
-    add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), or one of torch's")
     add("--out", metavar="DIR", help="folder of the results; None: the next free runs/evaluation-N")
     args = parser.parse_args(argv)
     if (args.mean is None) != (args.std is None):
@@ -223,12 +224,13 @@ class Subject(NamedTuple):
 
 def load_subject(path, args, read_data):
     """Reads a checkpoint and its data. UserError where they do not fit."""
-    data = read_data(args.dataset, args.data_dir or "data") if args.dataset else None
-    model, settings = common.load_model(path, args.device, args.arch, args.width, args.activation,
-                                        data, args.mean, args.std)
-    if data is None:
-        data = read_data(settings["dataset"], args.data_dir or settings["data_dir"])
-    common.check_classes(path, settings, data)
+    data = args.dataset and read_data(args.dataset, args.data_dir or "data", args.image_size)
+    model, settings = load_model(path, args.device, args.arch, args.width, args.activation, data,
+                                 args.mean, args.std)
+    if not data:
+        data = read_data(settings["dataset"], args.data_dir or settings["data_dir"],
+                         args.image_size or settings.get("image_size"))
+    check_classes(path, settings, data)
     x, y = data.test
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(args.seed)).to(y.device)
     index = order[:args.n_examples]
@@ -279,7 +281,7 @@ def evaluate(subject, args, surrogates):
     the attacks within eps, bool N."""
     def recorded(attack, model, x, y):
         x_adv = attack(model, x, y)
-        moves.append((x_adv - x).flatten(1) * 255)
+        moves.append((x_adv - x).flatten(1).norm(length, dim=1) * 255)
         return x_adv
 
     start, settings, kept = time.perf_counter(), subject.settings, {}
@@ -289,37 +291,26 @@ def evaluate(subject, args, surrogates):
     right = withstand(subject, args, torch.ones_like(subject.y).bool())
     row["clean %"] = percent(right)
     for name, parts in attacks(subject, args, surrogates).items():
-        moves = []
+        moves, length = [], math.inf if name.startswith("RayS") else 2
         robust = withstand(subject, args, right, *[
             functools.partial(recorded, attack) for attack in parts], name=name)
         if name == "CW-L2":  # knows no eps, so that the share alone says little
-            fooled = torch.cat(moves)[~robust[right]] if moves else torch.zeros(0, 1)
+            fooled = (right & ~robust).sum().item()  # the others have not moved
             row["CW-L2 %"] = percent(robust)
-            row["CW-L2 mean distance"] = fooled.norm(dim=1).sum().item() / max(1, len(fooled))
-        elif name.startswith("RayS"):
-            distances = torch.cat(moves).norm(math.inf, dim=1) if moves else torch.zeros(0)
-            row["ADBD"] = distances.sum().item() / len(right)  # 0 for what is wrong anyhow
+            row["CW-L2 mean distance"] = sum_of(moves, args.device) / max(1, fooled)
+        elif name.startswith("RayS"):  # what is wrong anyhow has distance 0
+            row["ADBD"] = sum_of(moves, args.device) / len(right)
             if subject.norm == "linf":
-                row[f"{name} %"] = 100 * (distances > subject.eps * 255).sum().item() / len(right)
+                far = sum_of([move > subject.eps * 255 for move in moves], args.device)
+                row[f"{name} %"] = 100 * far / len(right)
         else:
             row[f"{name} %"], kept[name] = percent(robust), robust
     if len(kept) > 1:
         row["worst case %"] = percent(functools.reduce(torch.logical_and, kept.values()))
-    row["zero gradients %"] = zero_gradients(subject.model, subject.x, subject.y, args.batch_size)
+    row["zero gradients %"] = common.zero_gradients(subject.model, subject.x, subject.y,
+                                                    args.batch_size)
     row["seconds"] = time.perf_counter() - start
     return row, kept
-
-
-def zero_gradients(model, x, y, batch_size=None):
-    """Percent of the coordinates where cross-entropy's input gradient is exactly 0: there, attacks
-    that follow the gradient do nothing. x uint8."""
-    zeros = 0
-    with common.exact(model) as network:
-        for index in torch.arange(len(y)).split(batch_size or 64):
-            picture = (x[index].float() / 255).requires_grad_()
-            loss = common.cross_entropy(network(picture), y[index])
-            zeros += (torch.autograd.grad(loss, picture)[0] == 0).sum().item()
-    return 100 * zeros / x.numel()
 
 
 # -------------------------------------------------------------------------------- gradient masking
@@ -347,7 +338,7 @@ def checklist(subject, args, row, kept):
                           f"{share:.1f} % against {best:.1f} %; it alone fools {only:.1f} %"))
         if not masks:
             found.append((None, claim, "not checked: no --surrogate"))
-    largest = 0.5 * (subject.x[0].numel() ** 0.5 if subject.norm == "l2" else 1)
+    largest = 0.5 * (subject.x.shape[1:].numel() ** 0.5 if subject.norm == "l2" else 1)
     shares, mask = {}, (everything := torch.ones_like(subject.y).bool())
     for radius in [factor * subject.eps for factor in (1, 2, 4, 8)] + [largest]:
         mask = pgd_withstand(subject, args, mask, radius, radius / 4, 20)
@@ -383,7 +374,9 @@ def label(subject):
 
 def pictures(subject, args):
     """The first of the test pictures, float in [0, 1], and their labels."""
-    return subject.x[:args.n_plot].float() / 255, subject.y[:args.n_plot]
+    some = torch.arange(min(args.n_plot, len(subject.y)), device=subject.y.device)
+    (index, x), = read(subject.x, [some])
+    return x.float() / 255, subject.y[index]
 
 
 def attacked(subject, args, steps):
@@ -465,13 +458,13 @@ def plot_landscape(subjects, args):
     figure, axes = figure_of(2, len(subjects), 4.2 * len(subjects) + 1, 7.4)
     ticks, levels, values = torch.linspace(-2, 2, 41), np.geomspace(1e-4, 100, 25), []
     for column, subject in enumerate(subjects):
-        start = subject.x[:2].float().div(255).requires_grad_()
+        start, labels = (part[:2] for part in pictures(subject, args))
         with common.exact(subject.model) as model:
             with torch.enable_grad():
-                loss = common.cross_entropy(model(start), subject.y[:2])
+                loss = common.cross_entropy(model(start.requires_grad_()), labels)
                 along = torch.autograd.grad(loss, start)[0].sign() * subject.eps
             across = torch.randn_like(along).sign() * subject.eps
-            for row, y in enumerate(subject.y[:2]):
+            for row, y in enumerate(labels):
                 grid = torch.stack([start[row] + a * along[row] + b * across[row]
                                     for b in ticks for a in ticks])
                 surface = torch.cat([F.cross_entropy(model(part), y.expand(len(part)),
@@ -609,7 +602,9 @@ def main(args):
         raise common.UserError(f"{folder} holds a result, never overwritten: take another --out")
     if args.checklist:
         args.attack = list(dict.fromkeys([*args.attack, "pgd", "lite", "square"]))
-    read_data = functools.cache(lambda dataset, data_dir: load_data(dataset, data_dir, args.device))
+    read_data = functools.cache(lambda dataset, data_dir, image_size: load_data(
+        argparse.Namespace(**vars(args) | dict(dataset=dataset, data_dir=data_dir, val_size=1,
+                                               train_size=None, image_size=image_size))))
     subjects = [load_subject(path, args, read_data) for path in args.checkpoints]
     surrogates = [load_subject(path, args, read_data) for path in args.surrogate]
     for path, _, _, classes, *_ in surrogates:
@@ -617,33 +612,32 @@ def main(args):
             raise common.UserError(f"{path} cannot be a surrogate: it knows other classes")
     rows, kept = zip(*[evaluate(subject, args, surrogates) for subject in subjects])
     result = dict(command=shlex.join(sys.argv), args=vars(args), rows=rows, plots={})
-    print(table(rows))
-    if args.markdown:
-        print("\n" + table(rows, markdown=True))
+    say(table(rows) + ("\n\n" + table(rows, markdown=True)) * args.markdown)
     for subject, row in zip(subjects, rows):
         if len(subject.classes) < 4 and "lite" in args.attack:
-            print(f"{subject.path}: DLR needs 4 classes for a target; AA-lite took cross-entropy")
+            say(f"{subject.path}: DLR needs 4 classes for a target; AA-lite took cross-entropy")
         if row["zero gradients %"] > 1:
-            print(f"warning: {subject.path}: {row['zero gradients %']:.1f} % of the input gradient "
-                  "is exactly 0: attacks that follow it may fail for that reason alone")
+            say(f"warning: {subject.path}: {row['zero gradients %']:.1f} % of the input gradient "
+                "is exactly 0: attacks that follow it may fail for that reason alone")
     if args.checklist:
         result["checklist"] = [checklist(subject, args, *each)
                                for subject, *each in zip(subjects, rows, kept)]
         for subject, found in zip(subjects, result["checklist"]):
-            print(f"\n{subject.path}: signs of gradient masking")
+            say(f"\n{subject.path}: signs of gradient masking")
             for verdict, claim, figures in found:
-                print(f"  {verdict}  {claim}: {figures}")
-    common.save(json.dumps(result, indent=1), folder / "result.json")  # and again with the plots
+                say(f"  {verdict}  {claim}: {figures}")
+    save(json.dumps(result, indent=1), folder / "result.json")  # and again with the plots
     for name in args.plots:
         torch.manual_seed(args.seed)
         figure, values = PLOTS[name](subjects, args)
-        figure.savefig(folder / f"{name}.png", dpi=100)
+        if common.RANK == 0:
+            figure.savefig(folder / f"{name}.png", dpi=100)
         result["plots"][name] = values
         for subject, numbers in zip(subjects, values):
-            print(f"{name}, {subject.path}: " + ", ".join(
+            say(f"{name}, {subject.path}: " + ", ".join(
                 f"{key} {number:.4g}" for key, number in numbers.items()))
-    common.save(json.dumps(result, indent=1), folder / "result.json")
-    print(f"wrote {folder}/result.json" + "".join(f" {name}.png" for name in args.plots))
+    save(json.dumps(result, indent=1), folder / "result.json")
+    say(f"wrote {folder}/result.json" + "".join(f" {name}.png" for name in args.plots))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def training_loss(model, x, y, args):
 
 
 def train(args):
-    data = load_data(args.dataset, args.data_dir, args.device, args.val_size, args.train_size)
+    data = load_data(args)
     model = common.prepare_model(args, data)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)

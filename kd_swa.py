@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import common
 import fast_at
-from bookkeeping import Run
+from bookkeeping import Run, check_classes, load_model
 from data import batches, load_data
 from trades import trades
 
@@ -117,9 +117,9 @@ def find_teachers(args, data, run):
                                ("std", args.lambda2, args.std_teacher)):
         if args.kd in ("both", kind):
             path = path or train_teacher(args, kind, run.folder / f"{kind}-teacher")
-            teacher, settings = common.load_model(path, args.device, args.arch, args.width,
-                                                  args.activation, data)
-            common.check_classes(path, settings, data)
+            teacher, settings = load_model(path, args.device, args.arch, args.width,
+                                           args.activation, data)
+            check_classes(path, settings, data)
             teacher.eval().requires_grad_(False).dtype = run.model.dtype
             found.append((weight, lambda x_adv, y, teacher=teacher: teacher(x_adv)))
     return found
@@ -132,7 +132,8 @@ def train_teacher(args, kind, folder):
         common.say(f"\nfirst the {kind} teacher, in {folder}")
         options = fast_at.parse_args(["--steps", "1" if kind == "adv" else "0"])
         for name in ("dataset data_dir arch width activation eps norm batch_size weight_decay "
-                     "val_size train_size seed device precision compile").split():
+                     "val_size train_size seed device precision compile image_size stream "
+                     "on_bad_file").split():
             setattr(options, name, getattr(args, name))
         options.alpha, options.epochs = 1.25 * args.eps, args.teacher_epochs
         options.lr_schedule, options.out = "cyclic", str(folder)
@@ -154,7 +155,7 @@ def average_weights(averaged, model, n, args, pictures):
 
 
 def train(args):
-    data = load_data(args.dataset, args.data_dir, args.device, args.val_size, args.train_size)
+    data = load_data(args)
     model = common.prepare_model(args, data)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)

@@ -5,6 +5,7 @@ import itertools
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -89,17 +90,19 @@ class PreActBlock(Block):
 
 
 class ResNet(Classifier):
-    """CIFAR ResNet (He et al. 2016a), PreActResNet or, in three stages, WideResNet.
+    """CIFAR ResNet (He et al. 2016a), PreActResNet or, in three stages, WideResNet. For pictures
+    of 128 pixels and more it begins as those for ImageNet do: 7x7 convolution and max-pooling.
 
     Parameters have the names of the field's CIFAR ResNets, so that their checkpoints load.
     """
 
-    def __init__(self, classes, width, activation, mean, std, blocks, stem=None, preact=False,
-                 bottleneck=False):
+    def __init__(self, classes, width, activation, mean, std, size, blocks, stem=None,
+                 preact=False, bottleneck=False):
         super().__init__(mean, std)
         self.preact, self.stages, self.activation = preact, len(blocks), ACTIVATIONS[activation]()
-        channels = stem or width
-        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        channels, self.large = stem or width, size >= 128
+        kernel, stride = (7, 2) if self.large else (3, 1)
+        self.conv1 = nn.Conv2d(3, channels, kernel, stride, kernel // 2, bias=False)
         if not preact:
             self.bn1 = nn.BatchNorm2d(channels)
         for stage, count in enumerate(blocks):
@@ -115,6 +118,7 @@ class ResNet(Classifier):
 
     def logits(self, x):
         x = self.conv1(x) if self.preact else self.activation(self.bn1(self.conv1(x)))
+        x = F.max_pool2d(x, 3, 2, 1) if self.large else x
         for stage in range(self.stages):
             x = getattr(self, f"layer{stage + 1}")(x)
         x = self.activation(self.bn(x)) if self.preact else x
@@ -124,7 +128,7 @@ class ResNet(Classifier):
 class VGG(Classifier):
     """VGG-16 with BatchNorm (Simonyan & Zisserman 2015), with one linear layer on top."""
 
-    def __init__(self, classes, width, activation, mean, std):
+    def __init__(self, classes, width, activation, mean, std, size):
         super().__init__(mean, std)
         layers, channels = [], 3
         for factor in (1, 1, 0, 2, 2, 0, 4, 4, 4, 0, 8, 8, 8, 0, 8, 8, 8, 0):  # 0: pooling
@@ -139,11 +143,13 @@ class VGG(Classifier):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-def build_model(arch, classes, width=None, activation="relu", mean=(0.5,) * 3, std=(0.25,) * 3):
-    """An untrained Classifier; `arch` from ARCHS, mean and std of the pictures' three channels."""
+def build_model(arch, classes, width=None, activation="relu", mean=(0.5,) * 3, std=(0.25,) * 3,
+                size=32):
+    """An untrained Classifier; `arch` from ARCHS, mean and std of the pictures' three channels,
+    size in pixels."""
     options = {"width": 64} | ARCHS[arch] | ({"width": width} if width else {})
     family = ResNet if "blocks" in options else VGG
-    return family(classes, activation=activation, mean=mean, std=std, **options)
+    return family(classes, activation=activation, mean=mean, std=std, size=size, **options)
 
 
 def uncompiled(model):

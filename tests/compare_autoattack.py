@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
+from bookkeeping import load_model  # noqa: E402
 from data import load_data  # noqa: E402
 
 
@@ -68,8 +69,8 @@ CONTESTANTS = {"AutoAttack-lite": lite, "reference: APGD-CE, APGD-T": reference,
 def run(options):
     """One contestant: prints its robust accuracy in percent, and its seconds."""
     device = common.find_device(options.device)
-    model, settings = common.load_model(options.checkpoint, device)
-    data = load_data(settings["dataset"], settings["data_dir"], device)
+    model, settings = load_model(options.checkpoint, device)
+    data = load_data(argparse.Namespace(**settings | dict(device=device)))
     order = torch.randperm(len(data.test[1]), generator=torch.Generator().manual_seed(options.seed))
     x, y = (part[order[:options.n_examples].to(device)] for part in data.test)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):

@@ -1,5 +1,6 @@
 """Fixtures: tiny models, tiny data sets, and a script run as from the command line."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -46,6 +47,13 @@ def folder(tmp_path):
                 picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(picture).save(tmp_path / "pets" / part / name / f"{i}.png")
     return tmp_path / "pets"
+
+
+def data_options(dataset="shapes", data_dir="", val_size=1, **more):
+    """What load_data needs to know, as if from the command line."""
+    return argparse.Namespace(**dict(
+        dataset=str(dataset), data_dir=str(data_dir), device="cpu", val_size=val_size,
+        train_size=None, image_size=None, stream=False, on_bad_file="stop") | more)
 
 
 def command(script, *options, cwd, **kwargs):

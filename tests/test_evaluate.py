@@ -15,7 +15,8 @@ import data
 import evaluate
 import kd_swa
 import models
-from conftest import TINY
+from bookkeeping import load_model
+from conftest import TINY, data_options
 from test_runs import one_line, weights
 
 FAST = ["--steps", "2", "--restarts", "2", "--attack", "pgd"]
@@ -108,8 +109,8 @@ def test_evaluate_is_deterministic_and_its_options_count(script, checkpoint, tmp
 @pytest.mark.parametrize("norm, eps", [("linf", 8 / 255), ("l2", 200 / 255)])
 def test_dropping_what_is_fooled_changes_nothing(checkpoint, norm, eps):
     """The same pictures stay right as when every restart attacks all of them."""
-    model, _ = common.load_model(checkpoint, "cpu")
-    x = data.load_data("shapes", "", "cpu").test[0].float() / 255
+    model, _ = load_model(checkpoint, "cpu")
+    x = data.load_data(data_options()).test[0].float() / 255
     model.eval()
     with torch.no_grad():
         y = model(x).argmax(1)
@@ -308,9 +309,9 @@ def test_every_picture_is_drawn(script, tmp_path):
 
 
 def test_the_weights_are_put_back(checkpoint):
-    model, settings = common.load_model(checkpoint, "cpu")
+    model, settings = load_model(checkpoint, "cpu")
     before = [weight.detach().clone() for weight in model.parameters()]
-    x, y = data.load_data("shapes", "", "cpu").test
+    x, y = data.load_data(data_options()).test
     found = evaluate.Subject("x.pt", model, settings, [], x[:2], y[:2], EPS, "linf")
     evaluate.plot_weights([found], evaluate.parse_args(["x.pt"]))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
@@ -381,12 +382,12 @@ def test_a_state_dict_from_elsewhere(tmp_path, form):
     model = models.build_model("resnet10", 10, 8, mean=mean, std=std).eval()
     torch.save(from_elsewhere(model.state_dict(), form), tmp_path / "bare.pth")
     known = pictures_of(model)
-    found, settings = common.load_model(tmp_path / "bare.pth", "cpu", "resnet10", 8, data=known)
+    found, settings = load_model(tmp_path / "bare.pth", "cpu", "resnet10", 8, data=known)
     assert settings["normalisation"] == ("of the checkpoint" if given else "none")
     assert torch.allclose(found.mean, model.mean) and torch.allclose(found.std, model.std)
     assert all(torch.equal(value, found.state_dict()[name])
                for name, value in model.state_dict().items())
-    found, settings = common.load_model(tmp_path / "bare.pth", "cpu", "resnet10", 8, data=known,
+    found, settings = load_model(tmp_path / "bare.pth", "cpu", "resnet10", 8, data=known,
                                         mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     assert settings["normalisation"] == "as given"
     assert found.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
@@ -402,7 +403,7 @@ def test_the_datas_statistics_are_assumed_where_they_fit(tmp_path):
     with torch.no_grad():  # otherwise it takes nearly all of them for one class
         model.linear.bias -= model(x.float() / 255).mean(0)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
-    _, settings = common.load_model(tmp_path / "bare.pth", "cpu", "resnet10", 8,
+    _, settings = load_model(tmp_path / "bare.pth", "cpu", "resnet10", 8,
                                     data=pictures_of(model))
     assert settings["normalisation"] == "of the data"
 
@@ -419,7 +420,7 @@ def test_wide_resnets_of_trades_and_robustbench(tmp_path):
         if "block1" in name:
             theirs["module." + name.replace("block1", "sub_block1")] = value
     torch.save(theirs, tmp_path / "trades.pth")
-    found, _ = common.load_model(tmp_path / "trades.pth", "cpu", "wrn-16-8", 8,
+    found, _ = load_model(tmp_path / "trades.pth", "cpu", "wrn-16-8", 8,
                                  data=pictures_of(model))
     assert all(torch.equal(value, found.state_dict()[name])
                for name, value in model.state_dict().items())

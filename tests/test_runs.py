@@ -26,7 +26,7 @@ import fast_at
 import fast_bat
 import kd_swa
 import trades
-from conftest import ROOT, TINY, command
+from conftest import ROOT, TINY, command, data_options
 
 SCRIPTS = [fast_at, trades, backward_smoothing, fast_bat, kd_swa]
 
@@ -66,8 +66,8 @@ def test_results_are_those_of_the_checkpoints(script, tmp_path):
     """result.json can be recomputed from best.pt alone."""
     script(backward_smoothing, *TINY)
     folder = tmp_path / "runs/backward_smoothing-shapes-resnet10-eps8-seed0"
-    model, settings = common.load_model(folder / "best.pt", "cpu")
-    x, y = data.load_data("shapes", "", "cpu").test
+    model, settings = bookkeeping.load_model(folder / "best.pt", "cpu")
+    x, y = data.load_data(data_options()).test
     attack_noise = torch.Generator().manual_seed(0)
     clean, pgd = common.accuracy(model, x, y, lambda model, x, y: common.pgd_attack(
         model, x, y, 8 / 255, 2 / 255, 20, generator=attack_noise))
@@ -175,8 +175,9 @@ class Recorder(argparse.Namespace):
 
 
 @pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
-def test_every_option_is_read(module, monkeypatch, script):
-    options = [*TINY, "--lr-schedule", "piecewise",
+def test_every_option_is_read(module, monkeypatch, script, folder):
+    options = ["--dataset", "pets", "--arch", "resnet10", "--width", "8", "--epochs", "2",
+               "--val-size", "4", "--batch-size", "4", "--lr-schedule", "piecewise",
                *(["--teacher-epochs", "1"] if module is kd_swa else [])]
 
     def parse_args():
@@ -449,7 +450,7 @@ BAD = {
     "--eps eight": "--eps.*eight", "--eps nan": "--eps.*above 0", "--alpha 0": "--alpha.*above 0",
     "--epochs 0": "--epochs.*at least 1", "--lr -1": "--lr", "--beta inf": "--beta",
     "--gamma -1": "--gamma",
-    "--milestones 2": "--milestones.*between 0 and 1", "--nonsense 1": "nonsense",
+    "--milestones 2": "--milestones.*at most 1", "--nonsense 1": "nonsense",
     "--batch-size 5000": "--batch-size 5000 exceeds", "--val-size 99999": "--val-size",
     "--resume": "no run to resume.*--resume",
 }
@@ -470,7 +471,7 @@ def test_a_bad_option_gets_one_line_and_status_2(script, tmp_path, options):
 
 def test_a_failed_start_leaves_no_run_folder(script, folder, tmp_path):
     (folder / "train/cat/0.png").write_text("broken")
-    one_line(*script(backward_smoothing, "--dataset", "pets")[::2], r"cat/0.png is broken")
+    one_line(*script(backward_smoothing, "--dataset", "pets")[::2], r"cat/0.png cannot be used")
     assert not (tmp_path / "runs").exists()
 
 
