@@ -22,7 +22,7 @@ from common import (RANK, WORLD, UserError, accuracy, average, pgd_attack, progr
 from models import build_model, canonical, uncompiled
 
 
-# ------------------------------------------------------------------------------------ checkpoints
+# ----------------------------------------------------------------------------------- checkpoints
 
 def save(content, path):
     """Text, or tensors and plain types, to a temporary file that takes its place at `path` once it

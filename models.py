@@ -59,9 +59,11 @@ class Block(nn.Module):
             layer = {f"conv{i + 1}": conv, f"bn{i + 1}": bn}
             for name in sorted(layer) if self.preact else layer:  # in the order of their use
                 self.add_module(name, layer[name])
-        self.shortcut = nn.Sequential()
+        # On CPUs the weight gradient of a strided 1x1 convolution of fewer than 16 channels writes
+        # beyond its memory if the batch is odd (torch 2.6 to 2.15). So these pick the pixels first.
+        self.every, self.shortcut = stride if before < 16 else 1, nn.Sequential()
         if stride > 1 or before != after:
-            self.shortcut.append(nn.Conv2d(before, after, 1, stride, bias=False))
+            self.shortcut.append(nn.Conv2d(before, after, 1, stride // self.every, bias=False))
             if not self.preact:
                 self.shortcut.append(nn.BatchNorm2d(after))
         self.activation, self.depth = activation, len(kernels)
@@ -74,7 +76,7 @@ class Block(nn.Module):
         out = x
         for i, (conv, bn) in enumerate(self.layers()):
             out = bn(conv(self.activation(out) if i else out))
-        return self.activation(out + self.shortcut(x))
+        return self.activation(out + self.shortcut(x[:, :, ::self.every, ::self.every]))
 
 
 class PreActBlock(Block):
@@ -83,7 +85,9 @@ class PreActBlock(Block):
 
     def forward(self, x):
         out = self.activation(self.bn1(x))
-        shortcut = self.shortcut(out) if len(self.shortcut) else x
+        shortcut = x
+        if len(self.shortcut):
+            shortcut = self.shortcut(out[:, :, ::self.every, ::self.every])
         for i, (conv, bn) in enumerate(self.layers()):
             out = conv(self.activation(bn(out)) if i else out)
         return out + shortcut
