@@ -9,6 +9,7 @@ import shlex
 import sys
 import textwrap
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def load(path, device="cpu"):
                     raise ValueError("packed, which torch.save never does")
                 if damaged := file.testzip():  # torch.load would not notice
                     raise ValueError(f"{damaged} is damaged")
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         reason = f"is no checkpoint, or is cut short or damaged ({' '.join(str(error).split())[:80]})"
         if "Weights only load failed" in str(error):
@@ -67,6 +70,11 @@ def load(path, device="cpu"):
             if file.read(200).lstrip().startswith(b"<"):
                 reason = "is a web page: download the file itself"
     raise UserError(f"{path} {reason}")
+
+
+KINDS = dict(arch=str, width=int | None, activation=str, dataset=str, data_dir=str, eps=float,
+             image_size=int | None, norm=str, classes=list, epoch=int, rows=list, mean=list,
+             std=list)  # of what a checkpoint holds
 
 
 def load_model(path, device, arch=None, width=None, activation=None, data=None, mean=None,
@@ -86,7 +94,7 @@ def load_model(path, device, arch=None, width=None, activation=None, data=None, 
         weights, settings, choices = (unpack(state) if ours else
                                       unpack_foreign(state, arch, data, mean, std))
         stem = weights["conv1.weight"].shape[-1] if "conv1.weight" in weights else 3
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         what = "no sound checkpoint" if ours else "no state dict, or another architecture"
         raise UserError(f"{path} holds {what}") from None
     best = -1
@@ -112,17 +120,22 @@ def load_model(path, device, arch=None, width=None, activation=None, data=None, 
 
 def unpack(state):
     """Of a checkpoint of these scripts: weights, settings, and mean and std by name. KeyError,
-    TypeError or ValueError where it has been tampered with."""
-    settings = state["args"] | {key: state[key] for key in ("classes", "epoch", "rows")}
-    for key, kind in dict(arch=str, activation=str, dataset=str, data_dir=str, norm=str, eps=float,
-                          classes=list, epoch=int).items():
+    TypeError or ValueError where somebody has tampered with it."""
+    settings = {"width": None, "image_size": None} | state["args"]
+    settings |= {key: state[key] for key in ("classes", "epoch", "rows", "mean", "std")}
+    for key, kind in KINDS.items():
         if not isinstance(settings[key], kind):
             raise TypeError(key)
-    if not 0 < settings["eps"] <= 1 or settings["norm"] not in ("linf", "l2"):
-        raise ValueError("eps or norm")
-    "".join(settings["classes"])
-    sum(row[key] for row in settings["rows"] for key in ("loss", "seconds", "val_clean", "val_pgd"))
-    return state["model"], settings, {"of the run": (state["mean"], state["std"])}
+    mean, std, rows = settings.pop("mean"), settings.pop("std"), settings["rows"]
+    numbers = [*mean, *std, *(row[key] for row in rows for key in (
+        "lr", "loss", "seconds", "val_clean", "val_pgd"))]
+    words = [settings["dataset"], settings["data_dir"], *settings["classes"]]
+    if not (all(isinstance(number, float) for number in numbers) and "\0" not in "".join(words)
+            and settings["classes"] and len(mean) == len(std) == 3 and 0 < settings["eps"] <= 1
+            and settings["norm"] in ("linf", "l2") and len(rows) == settings["epoch"]
+            and (settings["image_size"] is None or 32 <= settings["image_size"] <= 4096)):
+        raise ValueError
+    return state["model"], settings, {"of the run": (mean, std)}
 
 
 def unpack_foreign(state, arch, data, mean, std):
@@ -229,8 +242,8 @@ class Run:
     def go_on_from(self, state):
         _, settings, _ = unpack(state)
         self.epoch, self.rows, self.random = settings["epoch"], settings["rows"], state["random"]
-        if len(self.rows) != self.epoch or not all(map(str.isidentifier, state["beside"])):
-            raise ValueError("rows, or a prefix that would lead elsewhere")
+        if not all(map(str.isidentifier, state["beside"])):
+            raise ValueError("a prefix that would lead out of the folder")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

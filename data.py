@@ -262,7 +262,7 @@ def decode_once(stream, root, args):
     key = hashlib.sha256("\n".join(stamps).encode(errors="surrogateescape")).hexdigest()[:16]
     cache = Path(args.data_dir, f"{root.name}-{key}.pt")
     with contextlib.suppress(UserError, AttributeError, TypeError, ValueError):  # none, or damaged
-        x, kept = load(cache)
+        x, kept = held if isinstance(held := load(cache), list) else ()
         if (x.dtype, x.shape[1:]) == (torch.uint8, stream.shape[1:]) and kept.dtype == torch.bool:
             if kept.shape == (len(stream),) and kept.sum() == len(x):
                 return x, kept

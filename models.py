@@ -193,7 +193,7 @@ def canonical(weights, arch):
         if ARCHS[arch].get("preact"):
             name = re.sub(r"^bn1\.", "bn.", name)
         last = name.split(".")[-1].removeprefix("new_")
-        if last in ("mean", "mu", "std", "sigma"):
+        if last in ("mean", "mu", "std", "sigma") and tensor.numel() == 3:
             statistics["mean" if last in ("mean", "mu") else "std"] = tensor.flatten().tolist()
         elif not name.startswith(("sub_block1.", "attacker.")):  # copies of what is there already
             renamed[name] = tensor
