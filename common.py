@@ -67,6 +67,7 @@ def main(parse_args, run):
         if dist.is_initialized():
             dist.destroy_process_group()
     where = f"process {RANK + 1} of {WORLD}: " if WORLD > 1 else ""
+    message = " ".join(str(message).split())  # one line, whatever a file's name holds
     print(f"{Path(sys.argv[0]).name}: error: {where}{message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -148,7 +149,7 @@ class Parser(argparse.ArgumentParser):
         add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), or one of torch's")
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n" if RANK == 0 else None)
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n" if RANK == 0 else None)
 
     def parse_args(self, argv=None):
         """As usual, with the device looked up, and paths that can be found again from anywhere."""
