@@ -7,7 +7,8 @@
     python tests/faults.py words            200 malformed command lines
     python tests/faults.py stream           20,000 pictures from disk
     python tests/faults.py endurance        500 epochs
-    python tests/faults.py processes        two processes against one: losses and time
+    python tests/faults.py processes        two processes against one: losses and time (`losses` is
+                                            what each of them does)
 
 Not collected by pytest; test_faults.py does a little of each.
 """
@@ -75,8 +76,7 @@ def make_folder(root, train=8, test=4, size=32, suffix="png", seed=0):
 
 # ------------------------------------------------------------------------------------------- kills
 
-# Prints where the process is at SIGUSR1, just before it is killed, and sets its threads to one:
-# on several, processes that come and go make the figures differ in the last bits.
+# Runs a script that tells where it is when it gets SIGUSR1, just before it is killed.
 WATCHED = """
 import faulthandler, runpy, signal, sys
 faulthandler.register(signal.SIGUSR1, all_threads=False, chain=False)
@@ -144,7 +144,7 @@ def kill_and_resume(script, kills, folder, options=(), seed=0):
 
 def kills(args, folder):
     good = True
-    for script in SCRIPTS:
+    for script in args.scripts:
         (folder / script).mkdir()
         more = ["--teacher-epochs", 1, "--steps", 2] if script == "kd_swa" else []
         phases, same = kill_and_resume(script, args.n or 20, folder / script, more)
@@ -521,54 +521,29 @@ def endurance(args, folder):
 
 # -------------------------------------------------------------------------- two processes and one
 
+RAND, RANDN, RANDINT = torch.rand, torch.randn, torch.randint
+KEPT = {(torch, name): getattr(torch, name) for name in ("rand", "randint", "randn_like")} | {
+    (torch.Tensor, name): getattr(torch.Tensor, name) for name in ("uniform_", "normal_")}
+
+
 def share_the_noise(n):
     """Makes each process take its share of noise that is drawn for a whole batch of n pictures; so
     one process or two see the same."""
     mine, same = n // common.WORLD, torch.Generator().manual_seed(0)
 
-    def drawn(shape, draw):
+    def drawn(shape, draw, *args):
         axis = list(shape).index(mine)
-        whole = [*shape[:axis], n, *shape[axis + 1:]]
-        pick = [slice(None)] * axis + [slice(common.RANK, None, common.WORLD)]
-        return draw(whole)[tuple(pick)]
+        whole = draw(*args, [*shape[:axis], n, *shape[axis + 1:]], generator=same)
+        return whole[tuple([slice(None)] * axis + [slice(common.RANK, None, common.WORLD)])]
 
-    def size(sizes):
-        return sizes[0] if isinstance(sizes[0], (tuple, list, torch.Size)) else sizes
-    rand, randn, randint = torch.rand, torch.randn, torch.randint
-    torch.rand = lambda *sizes, device=None: drawn(
-        size(sizes), lambda whole: rand(whole, generator=same))
-    torch.randint = lambda high, shape, device=None: drawn(
-        shape, lambda whole: randint(high, whole, generator=same))
-    torch.randn_like = lambda x: drawn(x.shape, lambda whole: randn(whole, generator=same))
-    torch.Tensor.uniform_ = lambda x, low=0, high=1, generator=None: x.copy_(drawn(
-        x.shape, lambda whole: low + (high - low) * rand(whole, generator=same)))
-    torch.Tensor.normal_ = lambda x, generator=None: x.copy_(drawn(
-        x.shape, lambda whole: randn(whole, generator=same)))
-
-
-def losses(args, folder):
-    """Trains 20 steps with BatchNorm in eval mode; writes each process's losses. For `processes`,
-    which starts this under torchrun as well."""
-    module, options = SCRIPTS[args.options[0]], args.options[1:]
-    found, loss_of, start_epoch = [], module.training_loss, bookkeeping.Run.start_epoch
-
-    def recorded(*args):
-        loss = loss_of(*args)
-        found.append(loss.item())
-        return loss
-
-    def start_in_eval_mode(run):
-        start_epoch(run)
-        run.model.eval()
-        share_the_noise(run.args.batch_size)
-
-    def stop(run, *_):
-        Path(f"losses-{common.WORLD}-{common.RANK}.json").write_text(json.dumps(found))
-        raise common.UserError("done")
-    module.training_loss = recorded
-    bookkeeping.Run.start_epoch, bookkeeping.Run.end_epoch = start_in_eval_mode, stop
-    sys.argv = [f"{module.__name__}.py", *options]
-    common.main(module.parse_args, module.train)
+    def rand(*sizes, device=None):
+        return drawn(sizes if isinstance(sizes[0], int) else sizes[0], RAND)
+    torch.rand = rand
+    torch.randint = lambda high, shape, device=None: drawn(shape, RANDINT, high)
+    torch.randn_like = lambda x: drawn(x.shape, RANDN)
+    torch.Tensor.uniform_ = lambda x, low=0, high=1, generator=None: x.copy_(
+        low + (high - low) * drawn(x.shape, RAND))
+    torch.Tensor.normal_ = lambda x, generator=None: x.copy_(drawn(x.shape, RANDN))
 
 
 METHODS = {
@@ -578,22 +553,50 @@ METHODS = {
 }
 
 
-def worst_difference(name, folder, steps=20):
-    """Largest relative difference between the losses of one process and the mean of two's; and the
-    losses of one."""
-    options = [*TINY, "--batch-size", 24, "--train-size", 24 * steps, "--epochs", 1, "--lr", 0.1,
-               "--precision", "fp32", "--attack-bn", "eval", *METHODS[name].split()]
-    command = [Path(__file__), "losses", "--in", folder, name.split(",")[0], *options]
+def losses(args, folder):
+    """Trains 20 steps by each method, with BatchNorm in eval mode; writes this process's losses.
+    For `processes`, which also starts it under torchrun."""
+    os.chdir(folder)
+    found, start_epoch = {name: [] for name in METHODS}, bookkeeping.Run.start_epoch
+
+    def start_in_eval_mode(run):
+        start_epoch(run)
+        run.model.eval()
+        share_the_noise(run.args.batch_size)
+
+    def stop(run, *_):
+        raise common.UserError("done")
+    bookkeeping.Run.start_epoch, bookkeeping.Run.end_epoch = start_in_eval_mode, stop
+    for name, more in METHODS.items():
+        module = SCRIPTS[name.split(",")[0]]
+
+        def recorded(*args, loss_of=module.training_loss):
+            loss = loss_of(*args)
+            found[name].append(loss.item())
+            return loss
+        with contextlib.ExitStack() as stack:
+            for (owner, key), genuine in KEPT.items():
+                stack.callback(setattr, owner, key, genuine)
+            stack.callback(setattr, module, "training_loss", module.training_loss)
+            module.training_loss = recorded
+            status, err = run(module, *TINY, *more.split(), "--batch-size", 24, "--train-size",
+                              24 * 20, "--epochs", 1, "--lr", 0.1, "--precision", "fp32",
+                              "--attack-bn", "eval")
+            assert status == 2 and "done" in err, (status, err)
+    Path(f"losses-{common.WORLD}-{common.RANK}.json").write_text(json.dumps(found))
+    return True
+
+
+def differences(folder):
+    """By method: the losses of one process, and by how much the means of two differ from them, at
+    most and in parts of them."""
     for start in ([sys.executable], TORCHRUN):
-        done = subprocess.run([*start, *map(str, command)], cwd=folder, capture_output=True,
-                              text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert "error: done" in done.stderr or "1 of 2: done" in done.stderr, done.stderr
-        for out in folder.glob("runs/*"):
-            shutil.rmtree(out)
+        subprocess.run([*start, __file__, "losses", "--in", folder], cwd=folder, check=True,
+                       capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     one, *two = (json.loads((folder / f"losses-{file}.json").read_text())
                  for file in ("1-0", "2-0", "2-1"))
-    assert len(one) == len(two[0]) == len(two[1]) == steps
-    return max(abs((a + b) / 2 - loss) / abs(loss) for loss, a, b in zip(one, *two)), one
+    return {name: (losses, max(abs((a + b) / 2 - loss) / abs(loss) for loss, a, b in zip(
+        losses, two[0][name], two[1][name], strict=True))) for name, losses in one.items()}
 
 
 def train_teacher(folder):
@@ -605,8 +608,7 @@ def train_teacher(folder):
 def processes(args, folder):
     train_teacher(folder)
     good = True
-    for name in METHODS:
-        worst, one = worst_difference(name, folder)
+    for name, (one, worst) in differences(folder).items():
         good &= worst < 1e-4
         print(f"{name}: loss {one[0]:.4f} to {one[-1]:.4f} over {len(one)} steps; two processes "
               f"differ by at most {worst:.1e} of it", flush=True)
@@ -628,15 +630,15 @@ FAULTS = [kills, worker, disk, files, words, stream, endurance, processes, losse
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {function.__name__: function for function in FAULTS}
     parser.add_argument("fault", choices=names)
     parser.add_argument("--n", type=int, help="how many, instead of the number above")
+    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS),
+                        help="of `kills`")
     parser.add_argument("--in", dest="folder", type=Path, help="a folder to work in; None: new")
-    args, args.options = parser.parse_known_args()  # of `losses`: a script and its options
-    if args.options and args.fault != "losses":
-        parser.error(f"unknown: {' '.join(args.options)}")
+    args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         good = names[args.fault](args, folder.resolve())
