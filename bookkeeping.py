@@ -63,7 +63,8 @@ def load(path, device="cpu"):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        reason = f"is no checkpoint, or is cut short or damaged ({' '.join(str(error).split())[:80]})"
+        detail = " ".join(str(error).split())[:80]
+        reason = f"is no checkpoint, or is cut short or damaged ({detail})"
         if "Weights only load failed" in str(error):
             reason = "holds Python objects, which could execute code: save a state_dict() alone"
         with contextlib.suppress(OSError), open(path, "rb") as file:

@@ -193,7 +193,7 @@ class Stream:
 
     def __getitem__(self, index):
         part = copy.copy(self)
-        part.paths = self.paths[index.cpu() if isinstance(index, torch.Tensor) else index]
+        part.paths = self.paths[np.asarray(index.cpu()) if torch.is_tensor(index) else index]
         return part
 
     def to(self, device):

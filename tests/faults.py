@@ -181,9 +181,10 @@ def worker(args, folder):
     good = True
     for victim in (0, 1):
         (folder / str(victim)).mkdir()
-        seconds, said = lose_a_worker(victim, folder / str(victim))
+        seconds, said = lose_a_worker(victim, folder / str(victim), ["--train-size", 320])
         done = subprocess.run([*TORCHRUN, ROOT / "backward_smoothing.py", *TINY, "--out", "run",
-                               "--epochs", "40", "--resume"], cwd=folder / str(victim),
+                               "--epochs", "40", "--train-size", "320", "--resume"],
+                              cwd=folder / str(victim),
                               capture_output=True, text=True)
         print(f"process {victim + 1} of 2 killed: all ended after {seconds:.1f} s; said: {said}; "
               f"resumed: status {done.returncode}")
@@ -392,23 +393,22 @@ def malformed_files(n, folder, seed=0):
 def malformed_words(n, folder, seed=0):
     """The same for n command lines, each with one or two words changed."""
     rng, counts, wrong = random.Random(seed), {}, []
-    junk = ["", " ", "-1", "0", "nan", "inf", "1e999", "-0", "1e-320", "99999999999999999999", "0x10",
-            "٣", "🐈", "a" * 5000, "../..", "/dev/null", "/dev/full", "pets/train/cat/0.png", "--",
+    junk = ["", " ", "-1", "0", "nan", "inf", "1e999", "-0", "1e-320", "99999999999999999999",
+            "0x10", "٣", "🐈", "a" * 5000, "../..", "/dev/null", "/dev/full", "pets/train/cat/0.png", "--",
             "-", "--eps", "None", "True", "[1]", "8;touch touched", "$(touch touched)", "%s", "{}",
             "\\", "\n", "meta", "cuda:77", "cpu:x", "run", "run/last.pt", "1.5", "1,5"]
     with at_work(folder):
         before = fingerprint(folder)
         for _ in range(n):
             module = rng.choice([*SCRIPTS.values(), evaluate])
+            words = [*TINY, "--epochs", "1", "--train-size", "32", "--out", "new",
+                     *(["--steps", "1", "--tf-kd"] if module is kd_swa else [])]
             if module is evaluate:
                 words = ["run/best.pt", *EVALUATION, "--out", "new"]
-                parser = {action.option_strings[-1]: action for action in OPTIONS(module)}
-            else:
-                words = [*TINY, "--epochs", "1", "--train-size", "32", "--out", "new",
-                         *(["--steps", "1", "--tf-kd"] if module is kd_swa else [])]
-                parser = {action.option_strings[-1]: action for action in OPTIONS(module)}
+            options = options_of(module)
             for _ in range(rng.choice((1, 2))):
-                option = rng.choice([name for name in parser if name not in ("--help", "--epochs")])
+                option = rng.choice([name for name in options if name not in (
+                    "--help", "--epochs", "--compile")])  # these last too long
                 change = rng.randrange(5)
                 if change == 0:
                     words.insert(rng.randrange(len(words) + 1), rng.choice(junk))
@@ -416,7 +416,7 @@ def malformed_words(n, folder, seed=0):
                     del words[rng.randrange(len(words))]
                 elif option == "--out":
                     words += [option, rng.choice(["/dev/null", "/proc/x", "run", "pets/train"])]
-                elif parser[option].nargs == 0:
+                elif options[option].nargs == 0:
                     words.append(option)
                 else:
                     words += [option, rng.choice(junk)]
@@ -432,13 +432,14 @@ def malformed_words(n, folder, seed=0):
     return counts, wrong
 
 
-def OPTIONS(module):
-    """The options that a script has, as argparse's actions."""
-    found = []
+def options_of(module):
+    """The options that a script has: argparse's actions by name."""
+    found = {}
     parse = argparse.ArgumentParser.parse_args
 
     def catch(parser, argv=None):
-        found.extend(action for action in parser._actions if action.option_strings)
+        found.update({action.option_strings[-1]: action for action in parser._actions
+                      if action.option_strings})
         raise common.UserError("caught")
     argparse.ArgumentParser.parse_args = catch
     try:
@@ -468,7 +469,7 @@ def words(args, folder):
     return report(*malformed_words(args.n or 200, folder))
 
 
-# ----------------------------------------------------------------------------- memory over long runs
+# --------------------------------------------------------------------------- memory over long runs
 
 def memory(pid):
     """Mebibytes of a process and its children, of which shared pages count in part."""
@@ -553,10 +554,18 @@ METHODS = {
 }
 
 
+class Done(Exception):
+    pass
+
+
 def losses(args, folder):
     """Trains 20 steps by each method, with BatchNorm in eval mode; writes this process's losses.
     For `processes`, which also starts it under torchrun."""
+    import data
+    draw, data.draw_shapes = data.draw_shapes, lambda n, seed: draw(n // 10, seed)
     os.chdir(folder)
+    if common.WORLD > 1:
+        torch.distributed.init_process_group("gloo")
     found, start_epoch = {name: [] for name in METHODS}, bookkeeping.Run.start_epoch
 
     def start_in_eval_mode(run):
@@ -565,7 +574,7 @@ def losses(args, folder):
         share_the_noise(run.args.batch_size)
 
     def stop(run, *_):
-        raise common.UserError("done")
+        raise Done
     bookkeeping.Run.start_epoch, bookkeeping.Run.end_epoch = start_in_eval_mode, stop
     for name, more in METHODS.items():
         module = SCRIPTS[name.split(",")[0]]
@@ -579,11 +588,14 @@ def losses(args, folder):
                 stack.callback(setattr, owner, key, genuine)
             stack.callback(setattr, module, "training_loss", module.training_loss)
             module.training_loss = recorded
-            status, err = run(module, *TINY, *more.split(), "--batch-size", 24, "--train-size",
-                              24 * 20, "--epochs", 1, "--lr", 0.1, "--precision", "fp32",
-                              "--attack-bn", "eval")
-            assert status == 2 and "done" in err, (status, err)
+            with contextlib.suppress(Done):
+                module.train(module.parse_args([
+                    *TINY, *more.split(), *"--batch-size 8 --train-size 160 --epochs 1".split(),
+                    *"--lr 0.1 --precision fp32 --attack-bn eval --activation softplus".split()]))
     Path(f"losses-{common.WORLD}-{common.RANK}.json").write_text(json.dumps(found))
+    if common.WORLD > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     return True
 
 
@@ -601,7 +613,8 @@ def differences(folder):
 
 def train_teacher(folder):
     done = subprocess.run([sys.executable, ROOT / "fast_at.py", *TINY, "--train-size", "64",
-                           "--epochs", "1", "--out", "teacher"], cwd=folder, capture_output=True)
+                           "--epochs", "1", "--activation", "softplus", "--out", "teacher"],
+                          cwd=folder, capture_output=True)
     assert done.returncode == 0
 
 

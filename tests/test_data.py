@@ -106,7 +106,8 @@ def test_shapes_carry_a_faint_pattern_that_tells_the_class():
 
 
 def test_a_smaller_training_set_is_a_part_of_the_whole():
-    whole, part = (data.load_data(data_options(val_size=50, train_size=size)) for size in (None, 70))
+    whole, part = (data.load_data(data_options(val_size=50, train_size=size))
+                   for size in (None, 70))
     assert torch.equal(part.train[0], whole.train[0][:70]) and len(part.train[1]) == 70
     assert torch.equal(part.val[0], whole.val[0]) and torch.equal(part.test[0], whole.test[0])
 
