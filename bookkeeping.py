@@ -38,11 +38,14 @@ def save(content, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's own
+        if not isinstance(cause, OSError):
+            raise
         with contextlib.suppress(OSError):
             temporary.unlink()  # it may be what fills the disk
         disk = next(str(p) for p in path.absolute().parents if os.path.ismount(p))
-        raise UserError(f"cannot write {path}: {error.strerror} (disk {disk}); what was there is "
+        raise UserError(f"cannot write {path}: {cause.strerror} (disk {disk}); what was there is "
                         "whole: mend that, and go on (a training with --resume)") from None
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import subprocess
 import threading
 
@@ -125,6 +126,25 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_is_whole(script, tmp_pat
     assert not (tmp_path / "run/result.json").exists()
     assert script(backward_smoothing, *TINY, "--out", "run", "--resume")[0] == 0
     assert equal(weights(tmp_path / "run/last.pt"), weights(tmp_path / "whole/last.pt"))
+
+
+def test_a_disk_that_fills_up_within_a_checkpoint(script, tmp_path, monkeypatch):
+    """torch.save then raises another error than the system's."""
+    end = bookkeeping.Run.end_epoch
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def small_from_epoch_2(run, *args):
+        if run.epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+        end(run, *args)
+    monkeypatch.setattr(bookkeeping.Run, "end_epoch", small_from_epoch_2)
+    try:
+        status, _, err = script(backward_smoothing, *TINY, "--out", "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    one_line(status, err, "cannot write run/(best|last).pt: File too large")
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["epoch"] == 1
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("out", ["/dev/null/run", "/proc/run"])
