@@ -203,7 +203,7 @@ def disk(args, folder):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", small], check=True)
     try:
         command = [sys.executable, ROOT / "backward_smoothing.py", *TINY, "--train-size", "320",
-                   "--keep-epochs", "--epochs", "9", "--out", small / "run"]
+                   "--keep-epochs", "--epochs", "7", "--out", small / "run"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         print(f"status {done.returncode}: {done.stderr.strip()}")
         epochs = [torch.load(path, weights_only=True)["epoch"]
@@ -215,7 +215,7 @@ def disk(args, folder):
         last = torch.load(small / "run/last.pt", weights_only=True)["epoch"]
         print(f"resumed with room: status {again.returncode}, epoch {last}; {again.stderr.strip()}")
         return (done.returncode == 2 and str(small) in done.stderr and len(epochs) > 2
-                and again.returncode == 0 and last == 9)
+                and again.returncode == 0 and last == 7)
     finally:
         subprocess.run(["umount", small], check=True)
 
