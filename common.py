@@ -43,7 +43,7 @@ def main(parse_args, run):
     SIGTERM and the loss of one of torchrun's processes end in one line and status 2."""
     args = argparse.Namespace(out=None)
     keep_memory()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
     try:
         args = parse_args()
         if WORLD > 1:  # one may have to download and decode while the others wait
@@ -63,7 +63,8 @@ def main(parse_args, run):
             kept = f"{last} holds all finished epochs" if last.exists() else "no epoch is finished"
             message += f": {kept}; the same command with --out {args.out} --resume goes on"
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for those that are ending
+        # To those that are ending already torchrun sends it once more.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if WORLD > 1 else handler)
         if dist.is_initialized():
             dist.destroy_process_group()
     where = f"process {RANK + 1} of {WORLD}: " if WORLD > 1 else ""
@@ -480,10 +481,11 @@ def still_right(model, x, y, *attacks, batch_size=None, show=lambda done: None):
             left, done = right.nonzero()[RANK::WORLD, 0], 0
             right = torch.zeros_like(right)  # as those stay that cannot be read
             for index, picture in read(x, left.split(size) if len(left) else []):
-                x_adv = attack(network, picture.float() / 255, y[index])
-                with torch.no_grad():
-                    right[index] = network(x_adv).argmax(1) == y[index]
                 done += len(index)
+                if len(index):  # else none of a part can be read
+                    x_adv = attack(network, picture.float() / 255, y[index])
+                    with torch.no_grad():
+                        right[index] = network(x_adv).argmax(1) == y[index]
                 show(int(len(y) * (i + done / len(left)) / max(1, len(attacks))))
             right = total(right.int()).bool()
     return right

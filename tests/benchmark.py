@@ -3,16 +3,19 @@
     python tests/benchmark.py                                  ResNet-18, batch 128
     python tests/benchmark.py --baseline --methods "Backward Smoothing" "Fast AT" TRADES
     python tests/benchmark.py --arch resnet10 --width 16 --batch-size 64 --precision fp32
+    python tests/benchmark.py --evaluate runs/.../best.pt      PGD with dropping; folded BatchNorm
 
 A row is the median of --steps rounds. In each round every method takes one step, from drawing the
 batch to the optimiser, between forward passes of its network, to which `measured` compares it: so
 a busy machine shifts both. --baseline takes a textbook's step right after: fp32, NCHW, a DataLoader
 with workers and transforms on the CPU, loss.backward() in the attack, no forward pass shared; and
-prints the ratio. Not for pytest.
+prints the ratio. `outside %` is the share of a step's time outside of the network's forward and
+backward passes. Not for pytest.
 """
 
 import argparse
 import contextlib
+import copy
 import json
 import statistics
 import sys
@@ -35,6 +38,7 @@ import fast_bat  # noqa: E402
 import kd_swa  # noqa: E402
 import models  # noqa: E402
 import trades  # noqa: E402
+from bookkeeping import load_model  # noqa: E402
 
 METHODS = {  # script, its options, the formula: a pass is 1, its input gradient 1, its weights' 2
     "standard training": (fast_at, "--steps 0", 3),
@@ -202,6 +206,72 @@ def peak_memory(device, reset=False):
     return 0.0
 
 
+@contextlib.contextmanager
+def inside_passes(device):
+    """A list that gets the seconds of each forward and backward pass; on a GPU, which works while
+    the host goes on, these mean nothing, and it gets none."""
+    found, depth = [], []
+
+    def timed(function):
+        def call(*args, **kwargs):
+            depth.append(time.perf_counter())
+            try:
+                return function(*args, **kwargs)
+            finally:
+                start = depth.pop()
+                if not depth:  # a pass within a pass is counted with it
+                    found.append(time.perf_counter() - start)
+        return call
+    places = [(models.Classifier, "forward"), (torch.autograd, "grad"), (torch.Tensor, "backward")]
+    with contextlib.ExitStack() as stack:
+        for owner, name in places if device == "cpu" else []:
+            genuine = getattr(owner, name)
+            stack.callback(setattr, owner, name, genuine)
+            setattr(owner, name, timed(genuine))
+        yield found
+
+
+def judge(options):
+    """PGD-50-10 with and without dropping what is fooled, and a network with BatchNorm folded and
+    not: what each saves, on the test pictures of a checkpoint."""
+    model, settings = load_model(options.evaluate, options.device)
+    test = data.load_data(argparse.Namespace(**settings | dict(device=options.device))).test
+    order = torch.randperm(len(test[1]), generator=torch.Generator().manual_seed(0))
+    x, y = (part[order[:options.n_examples].to(options.device)] for part in test)
+    eps, norm, found = settings["eps"], settings["norm"], []
+    for kept in (True, False):
+        generator = torch.Generator(options.device).manual_seed(0)
+
+        def pgd(network, x, y, restarts):
+            return common.pgd_attack(network, x, y, eps, eps / 4, options.pgd_steps, restarts, norm,
+                                     generator=generator)
+        start = time.perf_counter()
+        right = common.still_right(model, x, y)
+        if kept:
+            right[right.clone()] = common.still_right(
+                model, x[right], y[right], lambda *batch: pgd(*batch, 10))
+        else:  # every picture, in every restart, right or not
+            for _ in range(10):
+                right &= common.still_right(model, x, y, lambda *batch: pgd(*batch, 1))
+        found.append((time.perf_counter() - start, right.float().mean().item()))
+    (dropping, robust), (all_of_them, same) = found
+    print(f"PGD-{options.pgd_steps}-10 on {len(y)} pictures, robust {robust:.3f} ({same:.3f} with "
+          f"other noise): {dropping:.1f} s with dropping, {all_of_them:.1f} s without; "
+          f"{dropping / all_of_them:.2f} of it")
+    plain, picture, rounds = copy.deepcopy(model).eval().requires_grad_(False), x[:128] / 255, []
+    with common.exact(model) as network:
+        for _ in range(options.steps + 1):
+            for one in (network, plain):
+                start = time.perf_counter()
+                point = picture.clone().requires_grad_()
+                loss = common.cross_entropy(one(point), y[:128])
+                torch.autograd.grad(loss, point)[0].sum().item()  # waits for a GPU
+                rounds.append((time.perf_counter() - start) / len(point) * 1e6)
+    folded, unfolded = (statistics.median(rounds[i::2][1:]) for i in (0, 1))
+    print(f"a forward pass and its input gradient: {folded:.0f} us a picture with BatchNorm "
+          f"folded, {unfolded:.0f} without")
+
+
 def matrix_rate(device):
     """bf16 operations per second of a large matrix product, or 0 where there is no CUDA."""
     if not device.startswith("cuda"):
@@ -229,9 +299,14 @@ def main():
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--baseline", action="store_true")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--evaluate", metavar="CKPT", help="time the evaluation of this instead")
+    parser.add_argument("--n-examples", type=int, default=150, help="for --evaluate")
+    parser.add_argument("--pgd-steps", type=int, default=50, help="for --evaluate")
     options = parser.parse_args()
     options.device = common.find_device(options.device)
     common.keep_memory()
+    if options.evaluate:
+        return judge(options)
     part = torch.randint(256, (max(1024, options.batch_size), 3, 32, 32), dtype=torch.uint8)
     part = part.to(options.device), torch.randint(10, (len(part),), device=options.device)
     pictures = data.Data(part, part, part, list("0123456789"), True)
@@ -251,11 +326,15 @@ def main():
     for i in range(options.steps + 1):
         for name, (forward, step) in methods.items():
             peak_memory(options.device, reset=True)
-            before, taken, after = seconds(forward, 3), seconds(step), seconds(forward, 3)
+            before = seconds(forward, 3)
+            with inside_passes(options.device) as passes:
+                taken = seconds(step)
+            after, outside = seconds(forward, 3), 100 * (1 - sum(passes) / taken)
             peak = peak_memory(options.device)
             slow = seconds(baselines[name]) if name in baselines else 0.0
             if i:  # the first round warms up
-                measured[name].append((taken / (before + after) * 2, taken, slow / taken, peak))
+                measured[name].append((taken / (before + after) * 2, taken, slow / taken, peak,
+                                       outside))
     network = models.build_model(options.arch, 10, options.width).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, 32, 32))
@@ -264,17 +343,21 @@ def main():
           f"{options.precision}, {options.device}, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}{', compiled' * options.compile}")
     print(f"{'method':22}{'pictures/s':>11}{'s/epoch':>9}{'formula':>9}{'measured':>10}"
-          f"{'(range)':>14}{'MiB':>7}" + f"{'matrix rate %':>15}" * bool(rate)
+          f"{'(range)':>14}{'MiB':>7}" + f"{'outside %':>11}" * (options.device == "cpu")
+          + f"{'matrix rate %':>15}" * bool(rate)
           + f"{'times faster (range)':>26}" * options.baseline)
     rows = []
     for name, rounds in measured.items():
-        passes, taken, faster, peaks = zip(*rounds)
+        passes, taken, faster, peaks, outside = zip(*rounds)
         formula, speed = METHODS[name][2], options.batch_size / statistics.median(taken)
         row = dict(method=name, pictures_per_second=speed, seconds_per_epoch=50_000 / speed,
                    formula=formula, measured=statistics.median(passes), lowest=min(passes),
                    highest=max(passes), mebibytes=max(peaks))
         line = (f"{name:22}{speed:11.1f}{50_000 / speed:9.1f}{formula:9}{row['measured']:10.1f}"
                 f"{f'{min(passes):.1f}-{max(passes):.1f}':>14}{max(peaks):7.0f}")
+        if options.device == "cpu":
+            row["outside_percent"] = statistics.median(outside)
+            line += f"{row['outside_percent']:11.1f}"
         if rate:
             row["matrix_rate_percent"] = 100 * formula * operations * speed / rate
             line += f"{row['matrix_rate_percent']:15.1f}"

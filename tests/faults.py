@@ -119,7 +119,7 @@ def kill_and_resume(script, kills, folder, options=(), seed=0):
     while len(phases) < kills:
         again = ["--resume"] if (folder / "run/args.json").exists() else []
         process, began = start(script, *options, "run", *again, cwd=folder), time.perf_counter()
-        if len(phases) % 4 == 3:  # wait for a checkpoint that is being written
+        if len(phases) % 4 == 1:  # wait for a checkpoint that is being written
             while process.poll() is None and not list(folder.glob("run/**/*.tmp")):
                 time.sleep(0.0002)
         else:  # anywhere, but rather after the imports
