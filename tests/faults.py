@@ -396,8 +396,8 @@ def malformed_words(n, folder, seed=0):
     """The same for n command lines, each with one or two words changed."""
     rng, counts, wrong = random.Random(seed), {}, []
     junk = ["", " ", "-1", "0", "nan", "inf", "1e999", "-0", "1e-320", "99999999999999999999",
-            "0x10", "٣", "🐈", "a" * 5000, "../..", "/dev/null", "/dev/full", "pets/train/cat/0.png", "--",
-            "-", "--eps", "None", "True", "[1]", "8;touch touched", "$(touch touched)", "%s", "{}",
+            "0x10", "٣", "🐈", "a" * 5000, "../..", "/dev/null", "/dev/full", "pets/train/cat/0.png",
+            "--", "-", "--eps", "None", "True", "[1]", "8;touch touched", "$(touch touched)", "%s", "{}",
             "\\", "\n", "meta", "cuda:77", "cpu:x", "run", "run/last.pt", "1.5", "1,5"]
     with at_work(folder):
         before = fingerprint(folder)

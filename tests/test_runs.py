@@ -404,14 +404,14 @@ def test_torchrun_shares_the_work(tmp_path, folder):
     """Two processes train two teachers and their pupil: one folder, and one test of each."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         ROOT / "kd_swa.py", *map(str, SHORT), "--dataset", folder, "--arch", "resnet10", "--batch-size",
-         "6", "--val-size", "4", "--teacher-epochs", "1"],
+         ROOT / "kd_swa.py", *map(str, SHORT), "--dataset", folder, "--arch", "resnet10",
+         "--batch-size", "6", "--val-size", "4", "--teacher-epochs", "1"],
         cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test pictures; PGD") == 3
     assert json.loads((tmp_path / "run/args.json").read_text())["args"]["processes"] == 2
-    for name in ("last", "swa_last"):
-        assert all(value.isfinite().all() for value in weights(tmp_path / f"run/{name}.pt").values())
+    for name in ("last.pt", "swa_last.pt"):
+        assert all(value.isfinite().all() for value in weights(tmp_path / "run" / name).values())
 
 
 # --------------------------------------------------------------------------------------- bad input
