@@ -162,6 +162,9 @@ TEXTBOOK = {
 def textbook(name, options, pictures):
     """The same method's step as the field's repositories write it."""
     network = models.build_model(options.arch, 10, options.width).to(options.device)
+    for module in network.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.inplace = False
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
     loader = DataLoader(Pictures(*(part.cpu() for part in pictures.train)), options.batch_size,
                         shuffle=True, num_workers=2, drop_last=True, persistent_workers=True,

@@ -494,6 +494,17 @@ def test_the_benchmark_prints_a_row_for_each_method(monkeypatch, capsys, tmp_pat
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
 
+def test_the_benchmark_times_the_evaluation(monkeypatch, script, capsys):
+    import benchmark
+    script(backward_smoothing, *TINY, "--epochs", 1, "--out", "run")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *"--evaluate run/best.pt --n-examples 9 "
+                                      "--pgd-steps 1 --steps 1".split()])
+    benchmark.main()
+    out = capsys.readouterr().out
+    assert re.search(r"PGD-1-10 on 9 pictures, robust 0\.\d+ .* s without; \d\.\d+ of it", out)
+    assert re.search(r"\d+ us a picture with BatchNorm folded, \d+ without", out)
+
+
 def test_the_textbook_computes_the_same_loss(model, batch, monkeypatch):
     """Its baseline is worth comparing with only if it does the same work: same noise, same loss."""
     import benchmark
