@@ -1,6 +1,7 @@
 """A little of each fault in faults.py, and what they found."""
 
 import contextlib
+import json
 import os
 import resource
 import subprocess
@@ -17,7 +18,6 @@ import data
 import evaluate
 import fast_at
 import faults
-
 import models
 from conftest import ROOT, TINY, data_options
 from test_runs import equal, one_line, weights
@@ -63,9 +63,9 @@ def test_torchrun_evaluates_like_one_process(script, folder, tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("checkpoint") == 1 and (tmp_path / "two/eps.png").exists()
-    row, = faults.json.loads((tmp_path / "two/result.json").read_text())["rows"]
+    row, = json.loads((tmp_path / "two/result.json").read_text())["rows"]
     assert script(evaluate, *options, "one")[0] == 0
-    same, = faults.json.loads((tmp_path / "one/result.json").read_text())["rows"]
+    same, = json.loads((tmp_path / "one/result.json").read_text())["rows"]
     for name in ("n", "clean %", "CW-L2 %", "CW-L2 mean distance", "ADBD", "zero gradients %"):
         assert row[name] == pytest.approx(same[name], rel=1e-4), name  # these draw no noise
 
@@ -275,7 +275,7 @@ def test_streamed_training_is_the_same_training(script, folder, tmp_path):
         status, _, err = script(evaluate, "held/best.pt", "--attack", "pgd", "--steps", 2,
                                 "--restarts", 1, "--plots", "eps", "sheet", "--out", out, *more)
         assert status == 0, err
-        row, = faults.json.loads((tmp_path / out / "result.json").read_text())["rows"]
+        row, = json.loads((tmp_path / out / "result.json").read_text())["rows"]
         results.append([row[name] for name in ("n", "clean %", "PGD-2-1 %", "zero gradients %")])
     assert results[0] == results[1]
 
