@@ -399,7 +399,8 @@ def malformed_words(n, folder, seed=0):
     junk = ["", " ", "-1", "0", "nan", "inf", "1e999", "-0", "1e-320", "99999999999999999999",
             "0x10", "٣", "🐈", "a" * 5000, "../..", "/dev/null", "/dev/full",
             "pets/train/cat/0.png", "--", "-", "--eps", "None", "True", "[1]", "8;touch touched",
-            "$(touch touched)", "%s", "{}", "\\", "\n", "meta", "cuda:77", "cpu:x", "run", "run/last.pt", "1.5", "1,5"]
+            "$(touch touched)", "%s", "{}", "\\", "\n", "meta", "cuda:77", "cpu:x", "run",
+            "run/last.pt", "1.5", "1,5"]
     with at_work(folder):
         before = fingerprint(folder)
         for _ in range(n):
