@@ -186,6 +186,7 @@ class TrainingParser(Parser):
         add("--weight-decay", type=number(float, 0), default=5e-4, help="on all parameters")
         add("--val-size", type=count, default=1000, help="training pictures held out for best.pt")
         add("--train-size", type=count, help="use only so many training pictures; None: all")
+        add("--label-noise", type=share, default=0.0, help="share of training labels made wrong")
         add("--keep-epochs", action="store_true", help="keep a checkpoint of every epoch")
         add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
         add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],

@@ -34,7 +34,8 @@ def load_data(args):
     """Reads or draws args.dataset, with the same held-out part for all seeds. UserError if it is
     bad.
 
-    With args.train_size only so many training pictures are kept, again the same for all seeds.
+    With args.train_size only so many training pictures are kept, and args.label_noise gives that
+    share of them a wrong label, each as likely; both again the same for all seeds.
     Of torchrun's processes the first downloads and decodes while the others wait.
     """
     dataset, data_dir, size = args.dataset, args.data_dir, args.image_size
@@ -62,6 +63,11 @@ def load_data(args):
     order = torch.from_numpy(np.random.default_rng(0).permutation(n))
     order = order[:args.val_size], order[args.val_size:][:args.train_size]
     val, train = ([t[index] for t in train] for index in order)
+    if args.label_noise:
+        rng, n = np.random.default_rng(1), len(train[1])
+        wrong = rng.permutation(n)[:round(args.label_noise * n)]
+        shift = torch.from_numpy(rng.integers(1, len(classes), len(wrong)))
+        train[1][wrong] = (train[1][wrong] + shift) % len(classes)
     parts = [(x.to(args.device), y.to(args.device)) for x, y in (train, val, test)]
     return Data(*parts, classes, flip=dataset not in ("svhn", "shapes"))
 

@@ -603,8 +603,9 @@ def main(args):
     if args.checklist:
         args.attack = list(dict.fromkeys([*args.attack, "pgd", "lite", "square"]))
     read_data = functools.cache(lambda dataset, data_dir, image_size: load_data(
-        argparse.Namespace(**vars(args) | dict(dataset=dataset, data_dir=data_dir, val_size=1,
-                                               train_size=None, image_size=image_size))))
+        argparse.Namespace(**vars(args) | dict(
+            dataset=dataset, data_dir=data_dir, val_size=1, train_size=None, label_noise=0,
+            image_size=image_size))))
     subjects = [load_subject(path, args, read_data) for path in args.checkpoints]
     surrogates = [load_subject(path, args, read_data) for path in args.surrogate]
     for path, _, _, classes, *_ in surrogates:

@@ -132,8 +132,8 @@ def train_teacher(args, kind, folder):
         common.say(f"\nfirst the {kind} teacher, in {folder}")
         options = fast_at.parse_args(["--steps", "1" if kind == "adv" else "0"])
         for name in ("dataset data_dir arch width activation eps norm batch_size weight_decay "
-                     "val_size train_size seed device precision compile image_size stream "
-                     "on_bad_file").split():
+                     "val_size train_size label_noise seed device precision compile image_size "
+                     "stream on_bad_file").split():
             setattr(options, name, getattr(args, name))
         options.alpha, options.epochs = 1.25 * args.eps, args.teacher_epochs
         options.lr_schedule, options.out = "cyclic", str(folder)

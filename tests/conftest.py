@@ -53,7 +53,7 @@ def data_options(dataset="shapes", data_dir="", val_size=1, **more):
     """What load_data needs to know, as if from the command line."""
     return argparse.Namespace(**dict(
         dataset=str(dataset), data_dir=str(data_dir), device="cpu", val_size=val_size,
-        train_size=None, image_size=None, stream=False, on_bad_file="stop") | more)
+        train_size=None, label_noise=0.0, image_size=None, stream=False, on_bad_file="stop") | more)
 
 
 def command(script, *options, cwd, **kwargs):

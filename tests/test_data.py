@@ -112,6 +112,20 @@ def test_a_smaller_training_set_is_a_part_of_the_whole():
     assert torch.equal(part.val[0], whole.val[0]) and torch.equal(part.test[0], whole.test[0])
 
 
+def test_label_noise_makes_that_share_of_the_training_labels_wrong_and_no_others():
+    clean, noisy, again = (data.load_data(data_options(val_size=50, train_size=900, label_noise=p))
+                           for p in (0, 0.3, 0.3))
+    assert torch.equal(noisy.train[1], again.train[1])
+    right, given = clean.train[1], noisy.train[1]
+    assert (right != given).sum() == 270
+    shifts = ((given - right) % 10).bincount(minlength=10)[1:]
+    assert shifts.min() > 10 and shifts.max() < 60  # 30 of each on average
+    assert (right != given)[:450].sum().item() == pytest.approx(135, abs=40)  # everywhere
+    for one, other in zip(clean[1:3], noisy[1:3]):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    assert torch.equal(clean.train[0], noisy.train[0])
+
+
 def test_held_out_pictures_are_the_same_for_every_run_and_not_trained_on():
     shapes = data.load_data(data_options(val_size=50))
     again = data.load_data(data_options(val_size=50))

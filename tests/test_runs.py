@@ -128,7 +128,8 @@ def test_a_folder_of_pictures_is_trained_on_and_found_again(script, folder, tmp_
 SMOKE = [  # every option of every script, with a value that is not its default
     (fast_at, "--steps 2 --alpha 3 --init zero --grad-align 0.2 --recover"),
     (fast_at, "--steps 0 --activation swish --arch preactresnet18 --attack-bn eval"),
-    (fast_at, "--norm l2 --eps 128 --train-size 64 --batch-size 32 --milestones 0.2 0.9"),
+    (fast_at, "--norm l2 --eps 128 --train-size 64 --batch-size 32 --milestones 0.2 0.9 "
+     "--label-noise 0.25"),
     (trades, "--steps 2 --alpha 3 --init uniform --beta 2 --norm l2 --eps 128 --attack-bn train"),
     (trades, "--steps 1 --init uniform --lr 0.05 --lr-schedule piecewise --weight-decay 0"),
     (backward_smoothing, "--gamma 2 --beta 5 --alpha 6 --random-points 3 --attack-bn train"),
@@ -238,14 +239,15 @@ def test_kd_swa_saves_and_evaluates_the_plain_and_the_averaged_model(script, tmp
 
 
 def test_teachers_are_kept_and_can_be_given(script, tmp_path):
-    script(kd_swa, *KD, "--out", "run")
+    script(kd_swa, *KD, "--label-noise", 0.5, "--out", "run")
     teachers = ["--adv-teacher", "run/adv-teacher/best.pt", "--std-teacher",
                 "run/std-teacher/last.pt"]
-    status, out, _ = script(kd_swa, *KD, "--out", "again", *teachers)
+    status, out, _ = script(kd_swa, *KD, "--label-noise", 0.5, "--out", "again", *teachers)
     assert status == 0 and "first the" not in out
     assert equal(weights(tmp_path / "run/last.pt"), weights(tmp_path / "again/last.pt"))
     about = json.loads((tmp_path / "run/std-teacher/args.json").read_text())["args"]
     assert (about["method"], about["steps"], about["epochs"]) == ("fast_at", 0, 1)
+    assert about["label_noise"] == 0.5  # it learns from the same labels
     about = json.loads((tmp_path / "run/adv-teacher/args.json").read_text())["args"]
     assert (about["steps"], about["alpha"]) == (1, 1.25 * 8 / 255)
 
@@ -292,6 +294,7 @@ def test_teachers_that_do_not_fit(script, folder, tmp_path):
     (trades, "--steps 0", "--steps.*at least 1"),
     (fast_at, "--init normal", "--init.*uniform"),
     (fast_at, "--train-size 0", "--train-size.*at least 1"),
+    (fast_at, "--label-noise 2", "--label-noise.*at most 1"),
     (fast_at, "--train-size 30 --batch-size 64", "--batch-size 64 exceeds the 30"),
 ])
 def test_bad_options_of_the_methods(script, module, options, message):
