@@ -4,6 +4,7 @@
     python tests/benchmark.py --baseline --methods "Backward Smoothing" "Fast AT" TRADES
     python tests/benchmark.py --arch resnet10 --width 16 --batch-size 64 --precision fp32
     python tests/benchmark.py --evaluate runs/.../best.pt      PGD with dropping; folded BatchNorm
+    python tests/benchmark.py --scale                          start-up; 1,000 to 50,000 pictures
 
 A row is the median of --steps rounds. In each round every method takes one step, from drawing the
 batch to the optimiser, between forward passes of its network, to which `measured` compares it: so
@@ -18,7 +19,9 @@ import contextlib
 import copy
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -275,6 +278,33 @@ def judge(options):
           f"folded, {unfolded:.0f} without")
 
 
+def scale(options):
+    """The seconds from the command line to the end of the first step on `shapes`, and those of an
+    epoch of Fast AT by the number of its pictures."""
+    first_step = ("import os, bookkeeping, common, fast_at\n"
+                  "bookkeeping.progress = lambda *_: lambda done: os._exit(0)\n"
+                  "common.main(fast_at.parse_args, fast_at.train)")
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", first_step, "--dataset", "shapes", "--device",
+                            options.device, "--out", f"{folder}/run"], check=True,
+                           cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
+            print(f"start to first step: {time.perf_counter() - start:.1f} s")
+    for n in (1_000, 10_000, 50_000):
+        part = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8).to(options.device)
+        part = part, torch.randint(10, (n,), device=options.device)
+        _, step = ours("Fast AT", options, data.Data(part, part, part, list("0123456789"), True))
+        step()
+        torch.get_device_module(options.device).synchronize()
+        start = time.perf_counter()
+        for _ in range(n // options.batch_size):
+            step()
+        torch.get_device_module(options.device).synchronize()
+        taken = time.perf_counter() - start
+        print(f"{n:6,} pictures: {taken:6.2f} s an epoch, {1e3 * taken / n:.3f} ms a picture")
+
+
 def matrix_rate(device):
     """bf16 operations per second of a large matrix product, or 0 where there is no CUDA."""
     if not device.startswith("cuda"):
@@ -303,6 +333,7 @@ def main():
     parser.add_argument("--baseline", action="store_true")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--evaluate", metavar="CKPT", help="time the evaluation of this instead")
+    parser.add_argument("--scale", action="store_true", help="time the start and an epoch instead")
     parser.add_argument("--n-examples", type=int, default=150, help="for --evaluate")
     parser.add_argument("--pgd-steps", type=int, default=50, help="for --evaluate")
     options = parser.parse_args()
@@ -310,6 +341,8 @@ def main():
     common.keep_memory()
     if options.evaluate:
         return judge(options)
+    if options.scale:
+        return scale(options)
     part = torch.randint(256, (max(1024, options.batch_size), 3, 32, 32), dtype=torch.uint8)
     part = part.to(options.device), torch.randint(10, (len(part),), device=options.device)
     pictures = data.Data(part, part, part, list("0123456789"), True)

@@ -2,7 +2,9 @@
 
 import argparse
 import csv
+import difflib
 import functools
+import itertools
 import json
 import math
 import re
@@ -191,12 +193,16 @@ def test_every_option_is_read(module, monkeypatch, script, folder):
 
 # ------------------------------------------------------------------------- the skeleton they share
 
-def without_the_method(module):
-    """The loop: train() and what follows, without the lines that are marked as the method's."""
+def loop(module):
+    """train() and what follows."""
     source = Path(module.__file__).read_text()
-    loop = source[source.index("def train(args):"):]
+    return source[source.index("def train(args):"):]
+
+
+def without_the_method(module):
+    """The loop without the lines that are marked as the method's."""
     marked = r"^ *# --- method ---\n(.*?\n)*? *# --- end of method ---\n"
-    return re.sub(marked, "", loop, flags=re.M)
+    return re.sub(marked, "", loop(module), flags=re.M)
 
 
 @pytest.mark.parametrize("module", SCRIPTS[1:], ids=lambda module: module.__name__)
@@ -204,6 +210,15 @@ def test_the_loop_is_the_same_text_in_every_script(module):
     assert without_the_method(module) == without_the_method(fast_at)
     assert "training_loss" not in without_the_method(module)
     assert len(without_the_method(module).splitlines()) > 25
+
+
+@pytest.mark.parametrize("one, other", list(itertools.combinations(SCRIPTS, 2)),
+                         ids=lambda module: module.__name__)
+def test_a_diff_of_two_loops_shows_little_but_the_method(one, other):
+    lines = [loop(module).splitlines() for module in (one, other)]
+    matcher = difflib.SequenceMatcher(None, *lines, autojunk=False)
+    same = sum(block.size for block in matcher.get_matching_blocks())
+    assert 1 - 2 * same / sum(map(len, lines)) <= 0.2
 
 
 @pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
