@@ -114,7 +114,7 @@ def load_model(path, device, arch=None, width=None, activation=None, data=None, 
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             detail = str(error).splitlines()[-1].strip()
             raise UserError(f"{path} holds another architecture ({detail})") from None
-        candidate.to(device, memory_format=torch.channels_last)
+        candidate.to(device).compute_in(torch.float32)
         right = 0 if ours or len(choices) == 1 else still_right(
             candidate, *(part[:500] for part in data.train)).sum().item()
         if right > best:
@@ -250,6 +250,8 @@ class Run:
             raise ValueError("a prefix that would lead out of the folder")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for weight, held in self.optimizer.state.items():  # fused SGD needs the same format
+            held["momentum_buffer"] = torch.empty_like(weight).copy_(held["momentum_buffer"])
         self.scaler.load_state_dict(state["scaler"])
         for prefix, weights in state["beside"].items():
             self.beside(prefix).load_state_dict(weights)

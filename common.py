@@ -519,8 +519,8 @@ def prepare_model(args, data):
     torch.manual_seed(args.seed)
     model = build_model(args.arch, len(data.classes), args.width, args.activation,
                         *statistics(data), min(data.train[0].shape[2:]))
-    model.to(args.device, memory_format=torch.channels_last)
-    model.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
+    precisions = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+    model.to(args.device).compute_in(precisions[args.precision])
     if args.compile:
         model.network, model.compiled = torch.compile(model.logits), True
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False

@@ -120,7 +120,7 @@ def find_teachers(args, data, run):
             teacher, settings = load_model(path, args.device, args.arch, args.width,
                                            args.activation, data)
             check_classes(path, settings, data)
-            teacher.eval().requires_grad_(False).dtype = run.model.dtype
+            teacher.eval().requires_grad_(False).compute_in(run.model.dtype)
             found.append((weight, lambda x_adv, y, teacher=teacher: teacher(x_adv)))
     return found
 

@@ -40,6 +40,11 @@ class Classifier(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
         self.dtype, self.network, self.compiled = torch.float32, self.logits, False
 
+    def compute_in(self, dtype):
+        """Takes training's precision, and the memory format that is fastest in it."""
+        self.dtype = dtype
+        self.to(memory_format=torch.channels_last)
+
     def forward(self, x):
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype.itemsize == 2):
@@ -106,7 +111,8 @@ class ResNet(Classifier):
                  preact=False, bottleneck=False):
         super().__init__(mean, std)
         self.preact, self.stages, self.activation = preact, len(blocks), ACTIVATIONS[activation]()
-        channels, self.large = stem or width, size >= 128
+        self.tiny_maps = size == 32 and len(blocks) == 4 and width >= 64 and not bottleneck
+        channels, self.large, self.nchw = stem or width, size >= 128, False
         kernel, stride = (7, 2) if self.large else (3, 1)
         self.conv1 = nn.Conv2d(3, channels, kernel, stride, kernel // 2, bias=False)
         if not preact:
@@ -122,10 +128,18 @@ class ResNet(Classifier):
             self.bn = nn.BatchNorm2d(channels)
         self.linear = nn.Linear(channels, classes)
 
+    def compute_in(self, dtype):
+        super().compute_in(dtype)
+        # On CPUs bf16 convolutions of 512 channels and 4x4 pixels take 0.6 of the time in NCHW.
+        self.nchw = self.tiny_maps and (dtype, self.mean.device.type) == (torch.bfloat16, "cpu")
+        if self.nchw:
+            self.layer4.to(memory_format=torch.contiguous_format)
+
     def logits(self, x):
         x = self.conv1(x) if self.preact else self.activation(self.bn1(self.conv1(x)))
         x = F.max_pool2d(x, 3, 2, 1) if self.large else x
         for stage in range(self.stages):
+            x = x.contiguous() if self.nchw and stage == 3 else x
             x = getattr(self, f"layer{stage + 1}")(x)
         x = self.activation(self.bn(x)) if self.preact else x
         return self.linear(x.mean((2, 3)))
@@ -164,6 +178,7 @@ def uncompiled(model):
     twin = copy.deepcopy(model)
     model.network = network
     twin.dtype, twin.network, twin.compiled = torch.float32, twin.logits, False
+    twin.nchw = False
     return twin
 
 

@@ -102,6 +102,29 @@ def test_precision_is_the_models_own_business_and_never_that_of_results(model, b
     assert torch.allclose(reduced, reference, atol=0.1)
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "preactresnet18"])
+def test_bf16_on_cpus_takes_the_stage_of_4x4_pixels_in_nchw_and_computes_the_same(arch):
+    torch.manual_seed(0)
+    model, x = models.build_model(arch, 10, 64).eval(), torch.rand(4, 3, 32, 32)
+    formats, found = [], []
+    model.layer4.register_forward_pre_hook(lambda layer, x: formats.append(x[0].is_contiguous()))
+    for dtype in (torch.float32, torch.bfloat16):
+        model.compute_in(dtype)
+        assert model.layer4[0].conv2.weight.is_contiguous() == (dtype == torch.bfloat16)
+        model.zero_grad()
+        logits = model(x)
+        logits[:, 0].sum().backward()
+        found.append((logits, model.layer4[1].conv2.weight.grad.clone()))
+    for one, other in zip(*found):
+        assert (one - other).norm() < 0.05 * one.norm()
+    with common.exact(model) as network:
+        network(x)
+    assert formats == [False, True, False]  # results are computed in fp32
+    for other in (models.build_model(arch, 10, 8), models.build_model(arch, 10, 64, size=64)):
+        other.compute_in(torch.bfloat16)
+        assert not other.nchw and not other.layer4[0].conv2.weight.is_contiguous()
+
+
 def test_exact_sets_the_compiled_network_aside(model, batch):
     def compiled(x):
         raise AssertionError("used the compiled network")

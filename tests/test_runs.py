@@ -289,6 +289,31 @@ def test_kd_swa_resumes_in_the_right_phase(script, tmp_path, monkeypatch, moment
         assert equal(weights(tmp_path / "run" / name), weights(tmp_path / "whole" / name))
 
 
+def test_momentum_of_another_memory_format_resumes_to_the_same_weights(script, tmp_path,
+                                                                       monkeypatch):
+    """As after training in bf16 on a CPU, in NCHW: fused SGD takes memory as it lies."""
+    options = [*TINY, "--epochs", 2, "--out"]
+    script(fast_at, *options, "whole")
+    start, starts = bookkeeping.Run.start_epoch, []
+
+    def interrupt(run):
+        starts.append(run.folder)
+        if len(starts) == 2:
+            raise KeyboardInterrupt
+        start(run)
+    monkeypatch.setattr(bookkeeping.Run, "start_epoch", interrupt)
+    script(fast_at, *options, "run")
+    state = bookkeeping.load(tmp_path / "run/last.pt")
+    held = [one for one in state["optimizer"]["state"].values()
+            if one["momentum_buffer"].dim() == 4]
+    for one in held:
+        assert not one["momentum_buffer"].is_contiguous() or one["momentum_buffer"].shape[2] == 1
+        one["momentum_buffer"] = one["momentum_buffer"].contiguous()
+    bookkeeping.save(state, tmp_path / "run/last.pt")
+    assert len(held) > 5 and script(fast_at, *options, "run", "--resume")[0] == 0
+    assert equal(weights(tmp_path / "run/last.pt"), weights(tmp_path / "whole/last.pt"))
+
+
 def test_teachers_that_do_not_fit(script, folder, tmp_path):
     script(fast_at, *TINY, "--steps", 0, "--epochs", 1, "--out", "teacher")
     given = ["--std-teacher", "teacher/last.pt", "--kd", "std"]
