@@ -64,6 +64,8 @@ def load_data(args):
     order = order[:args.val_size], order[args.val_size:][:args.train_size]
     val, train = ([t[index] for t in train] for index in order)
     if args.label_noise:
+        if len(classes) < 2:
+            raise UserError(f"--label-noise: {dataset} has one class, so no label can be wrong")
         rng, n = np.random.default_rng(1), len(train[1])
         wrong = rng.permutation(n)[:round(args.label_noise * n)]
         shift = torch.from_numpy(rng.integers(1, len(classes), len(wrong)))

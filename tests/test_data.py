@@ -126,6 +126,13 @@ def test_label_noise_makes_that_share_of_the_training_labels_wrong_and_no_others
     assert torch.equal(clean.train[0], noisy.train[0])
 
 
+def test_with_one_class_no_label_can_be_wrong(folder, tmp_path):
+    for path in (folder / "train/dog", folder / "test/dog"):
+        shutil.rmtree(path)
+    with pytest.raises(common.UserError, match="one class"):
+        data.load_data(data_options(folder, tmp_path, 1, label_noise=0.5))
+
+
 def test_held_out_pictures_are_the_same_for_every_run_and_not_trained_on():
     shapes = data.load_data(data_options(val_size=50))
     again = data.load_data(data_options(val_size=50))
