@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import common
 import models
@@ -76,8 +77,10 @@ def small_shapes(monkeypatch):
 
 @pytest.fixture
 def script(monkeypatch, capsys, tmp_path, small_shapes):
-    """script(module, *options) -> (exit status, stdout, stderr), in this process, in tmp_path."""
+    """script(module, *options) -> (exit status, stdout, stderr), in this process, in tmp_path. Its
+    pictures are empty, as drawing them takes longer than training: see `drawn`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
 
     def run(module, *options):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, options)])
@@ -88,3 +91,9 @@ def script(monkeypatch, capsys, tmp_path, small_shapes):
             status = stop.code
         return status, *capsys.readouterr()
     return run
+
+
+@pytest.fixture
+def drawn(script, monkeypatch, savefig=Figure.savefig):
+    """For tests that look at the pictures."""
+    monkeypatch.setattr(Figure, "savefig", savefig)

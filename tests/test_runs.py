@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 
@@ -41,12 +42,14 @@ def equal(a, b):
 
 # ------------------------------------------------------------------------------------ what a run is
 
-def test_a_run_folder_holds_all_it_should(script, tmp_path):
+def test_a_run_folder_holds_all_it_should(script, drawn, tmp_path):
     status, out, _ = script(backward_smoothing, *TINY, "--seed", 3, "--eps", 4)
     folder = tmp_path / "runs/backward_smoothing-shapes-resnet10-eps4-seed3"
     assert status == 0
     assert sorted(p.name for p in folder.iterdir()) == [
         "args.json", "best.pt", "curves.png", "last.pt", "log.csv", "result.json"]
+    picture = matplotlib.image.imread(folder / "curves.png")
+    assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.02  # not blank
     rows = list(csv.DictReader((folder / "log.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"] and float(rows[1]["seconds"]) > 0
     about = json.loads((folder / "args.json").read_text())
