@@ -57,6 +57,7 @@ METHODS = {  # script, its options, the formula: a pass is 1, its input gradient
     "KD-SWA": (kd_swa, "", 10 * 2 + 3 + 2),
 }
 EPS = 8 / 255
+STARTS, SIZES = 3, (1_000, 10_000, 50_000)  # of --scale
 
 
 def ours(name, options, pictures):
@@ -284,14 +285,14 @@ def scale(options):
     first_step = ("import os, bookkeeping, common, fast_at\n"
                   "bookkeeping.progress = lambda *_: lambda done: os._exit(0)\n"
                   "common.main(fast_at.parse_args, fast_at.train)")
-    for _ in range(3):
+    for _ in range(STARTS):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             subprocess.run([sys.executable, "-c", first_step, "--dataset", "shapes", "--device",
                             options.device, "--out", f"{folder}/run"], check=True,
                            cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
             print(f"start to first step: {time.perf_counter() - start:.1f} s")
-    for n in (1_000, 10_000, 50_000):
+    for n in SIZES:
         part = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8).to(options.device)
         part = part, torch.randint(10, (n,), device=options.device)
         _, step = ours("Fast AT", options, data.Data(part, part, part, list("0123456789"), True))

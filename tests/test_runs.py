@@ -551,6 +551,19 @@ def test_the_benchmark_times_the_evaluation(monkeypatch, script, capsys):
     assert re.search(r"\d+ us a picture with BatchNorm folded, \d+ without", out)
 
 
+def test_the_benchmark_times_the_start_and_epochs_of_several_sizes(monkeypatch, capsys):
+    import benchmark
+    monkeypatch.setattr(benchmark, "STARTS", 1)
+    monkeypatch.setattr(benchmark, "SIZES", (16, 1000))
+    monkeypatch.setattr(sys, "argv", [
+        "benchmark.py", *"--scale --arch resnet10 --width 8 --batch-size 16".split()])
+    benchmark.main()
+    start, *sizes = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"start to first step: \d+\.\d s", start)
+    for n, line in zip(("16", "1,000"), sizes, strict=True):
+        assert re.fullmatch(rf" *{n} pictures: +\d+\.\d+ s an epoch, \d+\.\d+ ms a picture", line)
+
+
 def test_the_textbook_computes_the_same_loss(model, batch, monkeypatch):
     """Its baseline is worth comparing with only if it does the same work: same noise, same loss."""
     import benchmark
