@@ -2,21 +2,23 @@
 
     python tests/benchmark.py                                  ResNet-18, batch 128
     python tests/benchmark.py --baseline --methods "Backward Smoothing" "Fast AT" TRADES
-    python tests/benchmark.py --arch resnet10 --width 16 --batch-size 64 --precision fp32
+    python tests/benchmark.py --arch resnet18 wrn-28-10 --precision bf16 fp32 --batch-size 64 128
     python tests/benchmark.py --evaluate runs/.../best.pt      PGD with dropping; folded BatchNorm
     python tests/benchmark.py --scale                          start-up; 1,000 to 50,000 pictures
 
-A row is the median of --steps rounds. In each round every method takes one step, from drawing the
-batch to the optimiser, between forward passes of its network, to which `measured` compares it: so
-a busy machine shifts both. --baseline takes a textbook's step right after: fp32, NCHW, a DataLoader
-with workers and transforms on the CPU, loss.backward() in the attack, no forward pass shared; and
-prints the ratio. `outside %` is the share of a step's time outside of the network's forward and
-backward passes. Not for pytest.
+There is a row for each method, architecture, precision and batch size, the median of --steps
+rounds. In each round every method takes one step, from drawing the batch to the optimiser, between
+forward passes of its network, to which `measured` compares it: so a busy machine shifts both.
+--baseline takes a textbook's step right after: fp32, NCHW, a DataLoader with workers and transforms
+on the CPU, loss.backward() in the attack, no forward pass shared; and prints the ratio. `outside %`
+is the share of a step's time outside of the network's forward and backward passes. Not for pytest.
 """
 
 import argparse
 import contextlib
 import copy
+import ctypes
+import itertools
 import json
 import statistics
 import subprocess
@@ -200,14 +202,16 @@ def textbook(name, options, pictures):
 
 # ------------------------------------------------------------------------------------- measurement
 
-def peak_memory(device, reset=False):
-    """MiB at most in use since the last reset: of the GPU, or of the process on Linux."""
+def peak_memory(device, step):
+    """MiB at most in use within a step: of the GPU, or of the process on Linux, else 0."""
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats() if reset else None
+        torch.cuda.reset_peak_memory_stats()
+        step()
         return torch.cuda.max_memory_allocated() / 2**20
-    with contextlib.suppress(OSError):
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what other methods used is kept (common.keep_memory)
+        Path("/proc/self/clear_refs").write_text("5")
+        step()
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
     return 0.0
@@ -279,9 +283,10 @@ def judge(options):
           f"folded, {unfolded:.0f} without")
 
 
-def scale(options):
+def scale(combinations):
     """The seconds from the command line to the end of the first step on `shapes`, and those of an
     epoch of Fast AT by the number of its pictures."""
+    device = combinations[0].device
     first_step = ("import os, bookkeeping, common, fast_at\n"
                   "bookkeeping.progress = lambda *_: lambda done: os._exit(0)\n"
                   "common.main(fast_at.parse_args, fast_at.train)")
@@ -289,21 +294,22 @@ def scale(options):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             subprocess.run([sys.executable, "-c", first_step, "--dataset", "shapes", "--device",
-                            options.device, "--out", f"{folder}/run"], check=True,
+                            device, "--out", f"{folder}/run"], check=True,
                            cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
             print(f"start to first step: {time.perf_counter() - start:.1f} s")
-    for n in SIZES:
-        part = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8).to(options.device)
-        part = part, torch.randint(10, (n,), device=options.device)
+    for options, n in itertools.product(combinations, SIZES):
+        part = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8).to(device)
+        part = part, torch.randint(10, (n,), device=device)
         _, step = ours("Fast AT", options, data.Data(part, part, part, list("0123456789"), True))
         step()
-        torch.get_device_module(options.device).synchronize()
+        torch.get_device_module(device).synchronize()
         start = time.perf_counter()
         for _ in range(n // options.batch_size):
             step()
-        torch.get_device_module(options.device).synchronize()
+        torch.get_device_module(device).synchronize()
         taken = time.perf_counter() - start
-        print(f"{n:6,} pictures: {taken:6.2f} s an epoch, {1e3 * taken / n:.3f} ms a picture")
+        print(f"{options.arch}, {options.precision}, batch {options.batch_size}: {n:6,} pictures, "
+              f"{taken:6.2f} s an epoch, {1e3 * taken / n:.3f} ms a picture")
 
 
 def matrix_rate(device):
@@ -320,30 +326,9 @@ def matrix_rate(device):
     return times * 2 * 8192**3 / (time.perf_counter() - start)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="resnet18", choices=models.ARCHS)
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="NAME")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--baseline", action="store_true")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--evaluate", metavar="CKPT", help="time the evaluation of this instead")
-    parser.add_argument("--scale", action="store_true", help="time the start and an epoch instead")
-    parser.add_argument("--n-examples", type=int, default=150, help="for --evaluate")
-    parser.add_argument("--pgd-steps", type=int, default=50, help="for --evaluate")
-    options = parser.parse_args()
-    options.device = common.find_device(options.device)
-    common.keep_memory()
-    if options.evaluate:
-        return judge(options)
-    if options.scale:
-        return scale(options)
+def compare(options):
+    """Measures options.methods for one architecture, precision and batch size; prints and returns
+    their rows."""
     part = torch.randint(256, (max(1024, options.batch_size), 3, 32, 32), dtype=torch.uint8)
     part = part.to(options.device), torch.randint(10, (len(part),), device=options.device)
     pictures = data.Data(part, part, part, list("0123456789"), True)
@@ -359,50 +344,91 @@ def main():
         torch.get_device_module(options.device).synchronize()
         return (time.perf_counter() - start) / times
 
-    measured = {name: [] for name in methods}
+    measured, peaks = {name: [] for name in methods}, {}
     for i in range(options.steps + 1):
         for name, (forward, step) in methods.items():
-            peak_memory(options.device, reset=True)
             before = seconds(forward, 3)
             with inside_passes(options.device) as passes:
                 taken = seconds(step)
             after, outside = seconds(forward, 3), 100 * (1 - sum(passes) / taken)
-            peak = peak_memory(options.device)
             slow = seconds(baselines[name]) if name in baselines else 0.0
-            if i:  # the first round warms up
-                measured[name].append((taken / (before + after) * 2, taken, slow / taken, peak,
-                                       outside))
+            if i:
+                measured[name].append((taken / (before + after) * 2, taken, slow / taken, outside))
+            else:  # the first round warms up
+                peaks[name] = peak_memory(options.device, step)
     network = models.build_model(options.arch, 10, options.width).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, 32, 32))
-    operations, rate = counter.get_total_flops(), matrix_rate(options.device)
-    print(f"{options.arch}, width {options.width or 'default'}, batch {options.batch_size}, "
-          f"{options.precision}, {options.device}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}{', compiled' * options.compile}")
-    print(f"{'method':22}{'pictures/s':>11}{'s/epoch':>9}{'formula':>9}{'measured':>10}"
-          f"{'(range)':>14}{'MiB':>7}" + f"{'outside %':>11}" * (options.device == "cpu")
-          + f"{'matrix rate %':>15}" * bool(rate)
-          + f"{'times faster (range)':>26}" * options.baseline)
     rows = []
     for name, rounds in measured.items():
-        passes, taken, faster, peaks, outside = zip(*rounds)
+        passes, taken, faster, outside = zip(*rounds)
         formula, speed = METHODS[name][2], options.batch_size / statistics.median(taken)
-        row = dict(method=name, pictures_per_second=speed, seconds_per_epoch=50_000 / speed,
-                   formula=formula, measured=statistics.median(passes), lowest=min(passes),
-                   highest=max(passes), mebibytes=max(peaks))
-        line = (f"{name:22}{speed:11.1f}{50_000 / speed:9.1f}{formula:9}{row['measured']:10.1f}"
-                f"{f'{min(passes):.1f}-{max(passes):.1f}':>14}{max(peaks):7.0f}")
+        row = dict(method=name, arch=options.arch, precision=options.precision,
+                   batch_size=options.batch_size, pictures_per_second=speed,
+                   seconds_per_epoch=50_000 / speed, formula=formula,
+                   measured=statistics.median(passes), lowest=min(passes), highest=max(passes),
+                   mebibytes=peaks[name])
+        line = (f"{name:22}{options.arch:15}{options.precision:>9}{options.batch_size:7}"
+                f"{speed:11.1f}{50_000 / speed:9.1f}{formula:9}{row['measured']:10.1f}"
+                f"{f'{min(passes):.1f}-{max(passes):.1f}':>14}{peaks[name]:7.0f}")
         if options.device == "cpu":
             row["outside_percent"] = statistics.median(outside)
             line += f"{row['outside_percent']:11.1f}"
-        if rate:
-            row["matrix_rate_percent"] = 100 * formula * operations * speed / rate
+        if options.matrix_rate:
+            row["matrix_rate_percent"] = (100 * formula * counter.get_total_flops() * speed
+                                          / options.matrix_rate)
             line += f"{row['matrix_rate_percent']:15.1f}"
         if name in baselines:
             row |= dict(faster=statistics.median(faster), slowest=min(faster), fastest=max(faster))
             line += f"{row['faster']:12.2f}{f'{min(faster):.2f}-{max(faster):.2f}':>14}"
         rows.append(row)
-        print(line)
+        print(line, flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=["resnet18"], choices=models.ARCHS,
+                        metavar="NAME")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[128])
+    parser.add_argument("--precision", nargs="+", default=["auto"],
+                        choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="NAME")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--baseline", action="store_true")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--evaluate", metavar="CKPT", help="time the evaluation of this instead")
+    parser.add_argument("--scale", action="store_true", help="time the start and an epoch instead")
+    parser.add_argument("--n-examples", type=int, default=150, help="for --evaluate")
+    parser.add_argument("--pgd-steps", type=int, default=50, help="for --evaluate")
+    options = parser.parse_args()
+    options.device = common.find_device(options.device)
+    common.keep_memory()
+    if options.evaluate:
+        return judge(options)
+    usual = fast_at.parse_args(["--device", options.device]).precision
+    combinations = [
+        argparse.Namespace(**vars(options) | dict(
+            arch=arch, precision=usual if precision == "auto" else precision, batch_size=size))
+        for arch, precision, size in itertools.product(
+            options.arch, options.precision, options.batch_size)]
+    if options.scale:
+        return scale(combinations)
+    rate = matrix_rate(options.device)
+    print(f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, width "
+          f"{options.width or 'default'}{', compiled' * options.compile}")
+    print(f"{'method':22}{'architecture':15}{'precision':>9}{'batch':>7}{'pictures/s':>11}"
+          f"{'s/epoch':>9}{'formula':>9}{'measured':>10}{'(range)':>14}{'MiB':>7}"
+          + f"{'outside %':>11}" * (options.device == "cpu") + f"{'matrix rate %':>15}" * bool(rate)
+          + f"{'times faster (range)':>26}" * options.baseline)
+    rows = []
+    for each in combinations:
+        each.matrix_rate = rate
+        rows += compare(each)
     if options.json:
         Path(options.json).write_text(json.dumps(dict(options=vars(options) | dict(
             methods=list(options.methods)), rows=rows), indent=1))

@@ -530,14 +530,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script
 def test_the_benchmark_prints_a_row_for_each_method(monkeypatch, capsys, tmp_path, more):
     import benchmark
     words = "--arch resnet10 --width 8 --batch-size 2 --steps 1 --json rows.json".split()
+    words += ["--precision", "fp32", *["bf16"] * bool(more)]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words, *more])
     monkeypatch.chdir(tmp_path)
     benchmark.main()
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == (more[2:] or list(benchmark.METHODS))
+    assert [row["method"] for row in rows] == (2 * more[2:] or list(benchmark.METHODS))
+    assert [row["precision"] for row in rows[::3]] == (["fp32", "bf16"] if more else 4 * ["fp32"])
     assert all(row["measured"] > 0 and row["mebibytes"] > 0 for row in rows)
-    assert [row["method"] for row in rows if row.get("faster", 0) > 0] == more[2:4]
-    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+    assert [row["method"] for row in rows if row.get("faster", 0) > 0] == 2 * more[2:4]
+    _, head, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rows) and {len(line) for line in lines[:2]} == {len(head)}
 
 
 def test_the_benchmark_times_the_evaluation(monkeypatch, script, capsys):
@@ -561,7 +564,8 @@ def test_the_benchmark_times_the_start_and_epochs_of_several_sizes(monkeypatch, 
     start, *sizes = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"start to first step: \d+\.\d s", start)
     for n, line in zip(("16", "1,000"), sizes, strict=True):
-        assert re.fullmatch(rf" *{n} pictures: +\d+\.\d+ s an epoch, \d+\.\d+ ms a picture", line)
+        assert re.fullmatch(rf"resnet10, \w+, batch 16: +{n} pictures, +\d+\.\d+ s an epoch, "
+                            r"\d+\.\d+ ms a picture", line)
 
 
 def test_the_textbook_computes_the_same_loss(model, batch, monkeypatch):
