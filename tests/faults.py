@@ -586,7 +586,7 @@ def losses(args, folder):
     def stop(run, *_):
         raise Done
     bookkeeping.Run.start_epoch, bookkeeping.Run.end_epoch = start_in_eval_mode, stop
-    for name, more in METHODS.items():
+    for i, (name, more) in enumerate(METHODS.items()):
         module = SCRIPTS[name.split(",")[0]]
 
         def recorded(*args, loss_of=module.training_loss):
@@ -601,7 +601,8 @@ def losses(args, folder):
             with contextlib.suppress(Done):
                 module.train(module.parse_args([
                     *TINY, *more.split(), *"--batch-size 8 --train-size 160 --epochs 1".split(),
-                    *"--lr 0.1 --precision fp32 --attack-bn eval --activation softplus".split()]))
+                    *"--lr 0.1 --precision fp32 --attack-bn eval --activation softplus".split(),
+                    "--out", f"runs/{common.WORLD}-{i}"]))
     Path(f"losses-{common.WORLD}-{common.RANK}.json").write_text(json.dumps(found))
     if common.WORLD > 1:
         torch.distributed.barrier()
@@ -612,9 +613,13 @@ def losses(args, folder):
 def differences(folder):
     """By method: the losses of one process, and by how much the means of two differ from them, at
     most and in parts of them."""
-    for start in ([sys.executable], TORCHRUN):
-        subprocess.run([*start, __file__, "losses", "--in", folder], cwd=folder, check=True,
-                       capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    running = [subprocess.Popen([*start, __file__, "losses", "--in", folder], cwd=folder, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+               for start in ([sys.executable], TORCHRUN)]
+    for process in running:
+        said, _ = process.communicate()
+        assert process.returncode == 0, said
     one, *two = (json.loads((folder / f"losses-{file}.json").read_text())
                  for file in ("1-0", "2-0", "2-1"))
     return {name: (losses, max(abs((a + b) / 2 - loss) / abs(loss) for loss, a, b in zip(
