@@ -1,292 +1,541 @@
-"""What the method scripts share: options, attacks, accuracy under them, and the optimisation.
+"""What the five method scripts share, in the order in which a script uses it: options, data,
+models, attacks, evaluation, and the training run with its checkpoints.
 
-Pictures are floats in [0, 1], N x 3 x H x W, except where uint8 is said. The command line takes eps
-and steps in pixels of 255; `pixels` divides by 255, once.
+Images are float tensors N x C x H x W in [0, 1] unless uint8 is mentioned. eps and step sizes are
+in units of 1/255 on the command line, and in units of [0, 1] everywhere else.
 """
 
 import argparse
 import contextlib
-import ctypes
-import datetime
+import copy
+import csv
+import functools
+import hashlib
+import itertools
+import json
 import math
 import os
+import platform
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import center_crop, resize
 
-from models import ACTIVATIONS, ARCHS, build_model, folded
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-
-
-class UserError(Exception):
-    """Bad input: one line that says what is wrong and what to do; `main` exits with status 2."""
+RANK, WORLD = ((int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+               if dist.is_torchelastic_launched() else (0, 1))  # that is, by torchrun
 
 
-def keep_memory():
-    """Tells glibc to keep what is freed. Otherwise large tensors come and go with pages that the
-    system has to clear each time: up to a third of a step in fp32 on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(option, 2**31 - 1)
+def fail(message):
+    """Ends the program with one line on stderr and exit status 2: for mistakes of the user."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
 
 
-def main(parse_args, run):
-    """Runs a script, run(parse_args()). Bad input, a full disk or memory, Ctrl-C, a scheduler's
-    SIGTERM and the loss of one of torchrun's processes end in one line and status 2."""
-    args = argparse.Namespace(out=None)
-    keep_memory()
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
-    try:
-        args = parse_args()
-        if WORLD > 1:  # one may have to download and decode while the others wait
-            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo",
-                                    timeout=datetime.timedelta(hours=2))
-        return run(args)
-    except UserError as error:
-        message = error
-    except OSError as error:
-        message = f"{error.filename or 'input or output'}: {error.strerror or error}"
-    except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
-        message = why_it_stopped(error)
-        if not message:
-            raise
-        if args.out and Path(args.out, "args.json").exists():
-            last = Path(args.out, "last.pt")
-            kept = f"{last} holds all finished epochs" if last.exists() else "no epoch is finished"
-            message += f": {kept}; the same command with --out {args.out} --resume goes on"
-    finally:
-        # To those that are ending already torchrun sends it once more.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if WORLD > 1 else handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    where = f"process {RANK + 1} of {WORLD}: " if WORLD > 1 else ""
-    message = " ".join(str(message).split())  # one line, whatever a file's name holds
-    print(f"{Path(sys.argv[0]).name}: error: {where}{message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def why_it_stopped(error):
-    """The words for an interruption that is nobody's mistake; None for all other errors."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, dist.DistError) or "gloo" in str(error):
-        return "another process has ended, and none can go on alone"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't alloc" in str(error):
-        return "out of memory (a smaller --batch-size or --width takes less)"
-
-
-def say(text):
-    if RANK == 0:
-        print(text, flush=True)
-
-
-def progress(what, total, done=0):
-    """Returns show(done), which tells the time left on stderr: in one line that is rewritten on a
-    terminal, in a new line every 20 s elsewhere."""
-    terminal, first, start = sys.stderr.isatty(), done, time.perf_counter()
-    shown = start
-
-    def show(done):
-        nonlocal shown
-        now = time.perf_counter()
-        if RANK == 0 and now - shown > (0.2 if terminal else 20):
-            left = round((now - start) / (done - first) * (total - done))
-            line = f"{what} {done}/{total}, {left // 60}:{left % 60:02} left"
-            print(f"{line:60}", end="\r" if terminal else "\n", file=sys.stderr, flush=True)
-            shown = now
-    return show
-
-
-# ---------------------------------------------------------------------------------------- options
-
-DATASETS = "cifar10, cifar100, svhn, stl10, tiny-imagenet, shapes"
-SHAPES_DEFAULTS = dict(arch="resnet10", width=16, epochs=8, batch_size=64, val_size=200,
-                       lr_schedule="cyclic")
+# ------------------------------------------------------------------------------------------ options
+DATASETS = ("cifar10", "cifar100", "svhn", "stl10", "tiny-imagenet", "shapes")
+SMALL = dict(arch="resnet10", width=16, batch_size=32, lr_schedule="cyclic")  # for a laptop
 
 
 def number(kind, low, high=2**31):
-    """An argparse type: an int or float in [low, high]."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            limit = f"at most {high}" if value > high else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limit}")
-        return value
-    parse.__name__ = "number"  # argparse says "invalid number value: 'x'"
-    return parse
+    """An argparse type: an int or a float within [low, high]."""
+    def convert(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+    convert.__name__ = kind.__name__  # for argparse's message
+    return convert
 
 
-def pixels(text):
-    """Pixels of 255 on the command line, [0, 1] units in the program: '8' -> 8/255."""
-    if not 0 < float(text) <= 255:
-        raise argparse.ArgumentTypeError(f"{text} is out of range: above 0 and at most 255 pixels")
-    return float(text) / 255
+def over_255(text):
+    """An argparse type: '8' (or '8/255') on the command line is 8/255 in the program."""
+    value = number(float, 0)(text.removesuffix("/255"))
+    if 0 < value < 0.5:
+        raise argparse.ArgumentTypeError(f"the unit is 1/255: did you mean {255 * value:.4g}?")
+    return value / 255
+
+
+def dataset_name(text):
+    """An argparse type: a known data set, however it is spelled, or a folder's absolute path."""
+    name = text.lower().replace("cifar-", "cifar")
+    if name not in DATASETS and not os.path.isdir(text):
+        fail(f"--dataset {text} is not a folder, nor one of {', '.join(DATASETS)}")
+    return name if name in DATASETS else os.path.abspath(text)
 
 
 class Parser(argparse.ArgumentParser):
-    """Names itself after `script`, a __file__, and tells a bad option in one line."""
+    error = staticmethod(fail)  # one line, without the list of all options
 
     class Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         pass
 
-    def __init__(self, script, doc):
-        super().__init__(Path(script).name, description=doc, formatter_class=self.Format)
-        add = self.add_argument_group("options of pictures and machine").add_argument
-        add("--data-dir", metavar="DIR", help="where data sets are kept and cached")
-        add("--image-size", type=number(int, 32, 4096), metavar="PIXELS",
-            help="bring the shorter side to this, and crop the middle; None: as they are")
-        add("--stream", action="store_true",
-            help="read a folder's pictures when they are needed, even where all fit into memory")
-        add("--on-bad-file", default="stop", choices=["stop", "skip"],
-            help="what to do at a picture that cannot be read; in a test, a skipped one is wrong")
-        add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), or one of torch's")
 
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n" if RANK == 0 else None)
-
-    def parse_args(self, argv=None):
-        """As usual, with the device looked up, and paths that can be found again from anywhere."""
-        args = super().parse_args(argv)
-        for name in ("dataset", "data_dir"):
-            path = getattr(args, name)
-            if path and path not in DATASETS.split(", "):
-                setattr(args, name, os.path.abspath(path))
-        args.device = find_device(args.device)
-        return args
-
-
-class TrainingParser(Parser):
-    """The options that all methods have; `defaults` are those of the method's paper."""
-
-    def __init__(self, script, doc, **defaults):
-        super().__init__(script, doc)
-        count, positive, share = number(int, 1), number(float, 1e-9), number(float, 0, 1)
-        add = self.add_argument_group("options of every method").add_argument
-        add("--dataset", default="cifar10", help=f"{DATASETS}, or a folder of pictures")
-        add("--arch", default="resnet18", choices=ARCHS, metavar="NAME", help=", ".join(ARCHS))
-        add("--width", type=number(int, 8), help="channels of the first stage; None: 64, wrn 16 K")
-        add("--activation", default="relu", choices=ACTIVATIONS, help="after each BatchNorm")
-        add("--eps", type=pixels, default="8", metavar="PIXELS", help="radius of the attack")
-        add("--norm", default="linf", choices=["linf", "l2"], help="norm of that radius")
-        add("--attack-bn", choices=["eval", "train"], help="BatchNorm in the training attack")
-        add("--epochs", type=count, help="passes over the training set")
-        add("--batch-size", type=count, default=128, help="pictures per step")
-        add("--lr", type=positive, default=0.1, help="the highest learning rate")
-        add("--lr-schedule", default="piecewise", choices=["piecewise", "cyclic"],
-            help="divided by 10 at each milestone, or up to --lr at half time and back to 0")
-        add("--milestones", type=share, nargs="+", default=[0.5, 0.75], help="parts of --epochs")
-        add("--weight-decay", type=number(float, 0), default=5e-4, help="on all parameters")
-        add("--val-size", type=count, default=1000, help="training pictures held out for best.pt")
-        add("--train-size", type=count, help="use only so many training pictures; None: all")
-        add("--label-noise", type=share, default=0.0, help="share of training labels made wrong")
-        add("--keep-epochs", action="store_true", help="keep a checkpoint of every epoch")
-        add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and noise")
-        add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
-            help="of training; auto: bf16 where the hardware has it. Results are always fp32")
-        add("--compile", action="store_true", help="torch.compile the network for training")
-        add("--out", metavar="DIR", help="run folder; None: runs/METHOD-DATASET-ARCH-epsE-seedS")
-        add("--resume", action="store_true", help="go on with the run in that folder")
-        self.set_defaults(method=Path(script).stem, processes=WORLD, data_dir="data", **defaults)
-
-    def parse_args(self, argv=None):
-        """The defaults that depend on the data set or the machine are resolved here."""
-        if self.parse_known_args(argv)[0].dataset == "shapes":
-            self.set_defaults(**SHAPES_DEFAULTS)
-        args = super().parse_args(argv)
-        if args.precision == "auto":
-            native = (torch.cuda.is_bf16_supported(False) if args.device.startswith("cuda") else
-                      args.device == "cpu" and torch.cpu._is_avx512_bf16_supported())
-            args.precision = "bf16" if native else "fp32"
-        if args.batch_size % WORLD:
-            self.error(f"--batch-size {args.batch_size} cannot be shared by {WORLD} processes")
-        return args
+def training_parser(script, doc, **defaults):
+    """A parser with the options of every method; `defaults` are those of the method's paper."""
+    parser = Parser(usage="%(prog)s [options]", description=doc, formatter_class=Parser.Format)
+    add, count = parser.add_argument_group("options of every method").add_argument, number(int, 1)
+    add("--dataset", type=dataset_name, default="cifar10", help=f"folder, {', '.join(DATASETS)}")
+    add("--data-dir", default="data", metavar="DIR", help="where data sets are stored")
+    add("--image-size", type=number(int, 32, 4096), help="resize the shorter side to this and crop "
+        "the centre; None: as they are, or in a folder as the first image, at most 128")
+    add("--no-flip", action="store_true", help="do not mirror training images (digits, signs)")
+    add("--arch", default="resnet18", choices=ARCHS, metavar="NAME", help=", ".join(ARCHS))
+    add("--width", type=number(int, 16), help="channels of the first stage; None: 64, wrn-D-K 16 K")
+    add("--activation", default="relu", choices=ACTIVATIONS, help="of the network")
+    add("--eps", type=over_255, default="8", help="perturbation radius, in units of 1/255")
+    add("--norm", default="linf", choices=["linf", "l2"], help="norm of the perturbation")
+    add("--attack-bn", choices=["eval", "train"], help="BatchNorm mode in the training attack")
+    add("--epochs", type=count, help="passes over the training images")
+    add("--batch-size", type=count, default=128, help="of all processes together")
+    add("--lr", type=number(float, 1e-9), default=0.1, help="the highest learning rate")
+    add("--lr-schedule", default="piecewise", choices=["piecewise", "cyclic", "cosine"],
+        help="divided by 10 at each milestone; linearly up to --lr and down; half a cosine")
+    add("--milestones", type=number(float, 0, 1), nargs="+", default=[0.5, 0.75],
+        help="as fractions of --epochs")
+    add("--weight-decay", type=number(float, 0), default=5e-4, help="on all parameters")
+    add("--val-size", type=count, default=1000, help="training images held out to choose best.pt")
+    add("--train-size", type=count, help="number of training images; None: all")
+    add("--test-size", type=count, help="number of test images; None: all")
+    add("--keep-epochs", action="store_true", help="keep a checkpoint of every epoch")
+    add("--seed", type=number(int, 0), default=0, help="of the weights, the order and the noise")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="to compute on")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+        help="of training (evaluation is fp32); auto: bf16 where the hardware has it, else fp32")
+    add("--compile", action="store_true", help="use torch.compile")
+    add("--out", metavar="DIR", help="run folder; None: runs/METHOD-DATASET-ARCH-epsE-seedS")
+    add("--resume", action="store_true", help="continue the run in --out, else the newest one")
+    parser.set_defaults(method=Path(script).stem, **defaults)
+    return parser
 
 
-def find_device(name):
-    """'auto' or a device of torch -> the name of a device that is here; of torchrun's processes
-    each takes a GPU of its own."""
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda" and WORLD > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+def parse(parser, argv=None):
+    """Parses a method's options; the defaults depend on data set, machine and --resume."""
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
+    saved = saved_settings(args) if args.resume else {}
+    parser.set_defaults(**saved or small_preset(args.dataset))
+    args = parser.parse_args(words)
+    for name in saved.keys() - {"dataset", "data_dir", "device", "epochs"}:  # these may change
+        if vars(args)[name] != saved[name]:
+            fail(f"--{name.replace('_', '-')} was {saved[name]} in {args.out}: leave it out")
+    if args.batch_size % WORLD:
+        fail(f"--batch-size {args.batch_size} is not divisible by {WORLD} processes")
+    args.device = set_up(args.device)
+    if args.precision == "auto":
+        native = (torch.cuda.is_bf16_supported(False) if args.device == "cuda" else
+                  args.device == "cpu" and torch.cpu._is_avx512_bf16_supported())
+        args.precision = "bf16" if native else "fp32"
+    return args
+
+
+def small_preset(dataset):
+    """Defaults for `shapes`, and for a folder of few images or where there is no GPU."""
+    if dataset in DATASETS:
+        return SMALL | dict(epochs=6, val_size=200) if dataset == "shapes" else {}
+    n = len(list_folder(dataset)[0][0])
+    small = SMALL | dict(epochs=min(max(20_000 // n, 6), 100), val_size=min(max(n // 10, 1), 1000))
+    return {} if n >= 5000 and torch.cuda.is_available() else small
+
+
+def set_up(device):
+    """Finds the device; torchrun's processes join each other, and each takes a GPU of its own."""
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    if device not in ("auto", "cpu", *here):
+        fail(f"there is no {device} on this machine: leave out --device")
+    device = [*here, "cpu"][0] if device == "auto" else device
+    if WORLD > 1 and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # one prints for all
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
+    return device
+
+
+def progress(items, label, done=0, total=None):
+    """Yields the items of a sequence, and shows how many are done and the time left on stderr."""
+    start = shown = time.perf_counter()
+    for i, item in enumerate(items, 1):
+        yield item
+        now, terminal, n = time.perf_counter(), sys.stderr.isatty(), total or len(items)
+        if RANK == 0 and now - shown > (0.2 if terminal else 20):
+            shown, left = now, round((now - start) / i * (n - done - i))
+            print(f"{label} {done + i}/{n}, {left // 60}:{left % 60:02} left".ljust(60),
+                  end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+
+
+# --------------------------------------------------------------------------------------------- data
+class Data(NamedTuple):
+    """A data set: images x uint8 N x 3 x H x W and labels y int64 N."""
+    train: tuple  # x, y and the indices of those to train on
+    val: tuple  # x, y: held out of the training images to choose best.pt
+    test: tuple  # x, y: used once, at the end
+    classes: list
+    flip: bool  # are training images mirrored?
+
+
+def load_data(args):
+    """Loads args.dataset. What is held out, left out or mislabelled is the same for all seeds."""
+    if RANK > 0:
+        dist.barrier()  # the first process downloads and decodes, the others wait
+    if args.dataset == "shapes":
+        (x, y), test, classes = draw_shapes(2200, 0), draw_shapes(1000, 1), list(SHAPES)
+    elif args.dataset == "tiny-imagenet" or args.dataset not in DATASETS:
+        *parts, classes = list_folder(args.dataset, args.data_dir)
+        (x, y), test = ((decode(paths, args), torch.tensor(labels)) for paths, labels in parts)
+    else:
+        (x, y), test, classes = read_torchvision(args)
+    if RANK == 0 and WORLD > 1:
+        dist.barrier()
+    order, test_order = (torch.from_numpy(np.random.default_rng(0).permutation(len(part)))
+                         for part in (y, test[1]))
+    if args.val_size >= len(order) or (args.test_size or 0) > len(test_order):
+        fail(f"--val-size is below {len(order)} here, and --test-size at most {len(test_order)}")
+    held_out, index = order[:args.val_size], order[args.val_size:][:args.train_size]
+    if args.test_size:
+        test = [part[test_order[:args.test_size]] for part in test]
+    # x goes to the device if it takes up to 2 GB; of a larger one the images that are needed do.
+    parts = [(x.to(args.device) if x.nbytes <= 2**31 else x, y.to(args.device))
+             for x, y in ((x, y), (x[held_out], y[held_out]), test)]
+    return Data((*parts[0], index.to(args.device)), *parts[1:], classes,
+                flip=args.dataset not in ("svhn", "shapes") and not args.no_flip)
+
+
+def batches(data, args, epoch):
+    """One epoch of shuffled batches, augmented x and y; each process has its share of every one."""
+    x, y, index = data.train
+    generator = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch)
+    index = index[torch.randperm(len(index), generator=generator).to(index.device)]
+    n = len(index) // args.batch_size
+    parts = [part[RANK::WORLD] for part in index.split(args.batch_size)[:n]]
+    for part in progress(parts, "training step", epoch * n, args.epochs * n):
+        yield augment(x[part.to(x.device)].to(part.device), data.flip), y[part]
+
+
+def augment(x, flip, padding=4):
+    """uint8 -> float in [0, 1], each image padded, cropped at random and perhaps mirrored."""
+    n, _, height, width = x.shape
+    rows, columns = torch.randint(2 * padding + 1, (2, n, 1), device=x.device)
+    rows = rows + torch.arange(height, device=x.device)
+    columns = columns + torch.arange(width, device=x.device)
+    if flip:
+        mirrored = torch.rand(n, 1, device=x.device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    image = torch.arange(n, device=x.device)[:, None, None]
+    x = F.pad(x, [padding] * 4)[image, :, rows[:, :, None], columns[:, None, :]]  # N x H x W x 3
+    return x.permute(0, 3, 1, 2).float() / 255
+
+
+def read_torchvision(args):
+    """Downloads a data set once; returns train (x, y), test (x, y) and the names of the classes."""
+    dataset = getattr(torchvision.datasets, args.dataset.upper())
+    cifar, size = args.dataset.startswith("cifar"), args.image_size
+    keyword, parts = ("train", (True, False)) if cifar else ("split", ("train", "test"))
     try:
-        torch.zeros(1, device=name).item()
-    except Exception:  # what is raised depends on the device
-        raise UserError(f"no device '{name}' here: leave out --device, or say cpu") from None
-    if name.startswith("cuda:"):
-        torch.cuda.set_device(name)
-    return name
+        sets = [dataset(args.data_dir, download=True, **{keyword: part}) for part in parts]
+    except Exception as error:  # no network, a damaged archive, no SciPy (for SVHN), ...
+        fail(f"cannot load {args.dataset} ({error}): if {getattr(dataset, 'filename', '*.mat')} in "
+             f"{args.data_dir} is incomplete, delete it; --dataset shapes needs no download")
+    x = [torch.from_numpy(part.data) for part in sets]
+    x = [part.permute(0, 3, 1, 2).contiguous() for part in x] if cifar else x
+    x = [center_crop(resize(part, size), size) for part in x] if size else x
+    y = [torch.as_tensor(part.targets if cifar else part.labels).long() for part in sets]
+    return *zip(x, y), list(getattr(sets[0], "classes", "0123456789"))
 
 
-# ---------------------------------------------------------------------------------------- attacks
+@functools.cache
+def list_folder(root, data_dir=""):
+    """The images of a folder: train and test as (paths, labels), and the classes' names. It holds
+    train/CLASS/* and test/, val/ or validation/, or CLASS/* alone, of which a seventh is tested."""
+    root = Path(data_dir, "tiny-imagenet-200") if root == "tiny-imagenet" else Path(root)
+    split, test = (root / "train").is_dir(), []
+    train, classes = list_images(root / "train" if split else root)
+    if len(train) < 2:
+        fail(f"{root} does not hold images in CLASS/* or train/CLASS/*")
+    for part in [root / name for name in ("test", "val", "validation") if split and not test]:
+        found, names = list_images(part)
+        if (part / "val_annotations.txt").exists():  # Tiny ImageNet: no folders, a list of labels
+            rows = map(str.split, (part / "val_annotations.txt").read_text().splitlines())
+            test = [(part / "images" / name, classes.index(label)) for name, label, *_ in rows]
+        elif names == classes:
+            test = found
+        elif set(names) & set(classes):  # else it is unlabelled, as ImageNet's test/
+            fail(f"{part} and {root / 'train'} differ in {sorted(set(names) ^ set(classes))}")
+    if not test:
+        order = np.random.default_rng(0).permutation(len(train))
+        test, train = ([train[i] for i in part] for part in np.split(order, [-(-len(train) // 7)]))
+        print(f"{root} has no test images: {len(test)}, always the same, are set aside for it")
+    return tuple(zip(*train)), tuple(zip(*test)), classes
 
+
+def list_images(root):
+    """The images in root/CLASS/, at any depth, as (path, label), and the names of the classes in
+    alphabetical order. Hidden files are passed over."""
+    files = [path for path in sorted(root.glob("*/**/*.*")) if path.is_file() and not any(
+        part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)]
+    images = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
+    if len(images) < len(files):
+        print(f"{root}: skipped {len(files) - len(images)} files that are no images: "
+              f"{', '.join({path.suffix for path in files} - {path.suffix for path in images})}")
+    names = [path.relative_to(root).parts[0] for path in images]
+    classes = sorted(set(names))
+    return [(path, classes.index(name)) for path, name in zip(images, names)], classes
+
+
+def decode(paths, args):
+    """Image files as uint8 N x 3 x H x W, decoded once, by threads, into a file in --data-dir that
+    is mapped into memory and so may be larger than it."""
+    stamps = [(str(path), os.path.getsize(path), os.path.getmtime(path)) for path in paths]
+    key = hashlib.sha256(repr((args.image_size, stamps)).encode()).hexdigest()[:16]
+    cache = Path(args.data_dir, f"images-{key}.npy")
+    if not cache.exists():
+        size = args.image_size or min(max(32, min(open_image(paths[0]).size)), 128)
+        print(f"decoding {len(paths)} images of {size}x{size} pixels (see --image-size), once")
+        temporary = cache.with_suffix(f".{os.getpid()}")  # as another process may decode them, too
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        x = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), size, size, 3))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for i in progress(range(0, len(paths), 256), "decoding images, batch"):
+                x[i:i + 256] = [center_crop(resize(image, size), size)
+                                for image in pool.map(open_image, paths[i:i + 256])]
+        os.replace(temporary, cache)
+    return torch.from_numpy(np.load(cache, mmap_mode="c")).permute(0, 3, 1, 2)
+
+
+def open_image(path):
+    """A file's image in RGB: turned as its EXIF data say, transparent parts white, 16 bits as 8."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode == "F":
+            raise ValueError("floating-point images have no known range")
+        if image.mode.startswith("I"):  # 16 bits
+            image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # PIL raises nearly anything
+        fail(f"{path} cannot be used ({error}): repair or remove it")
+
+
+SHAPES = {  # about the signed distance to the outline of a shape in [-1, 1]^2; v points down
+    "disc": lambda u, v: np.hypot(u, v) - 1,
+    "ring": lambda u, v: abs(np.hypot(u, v) - 0.75) - 0.25,
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) - 0.85,
+    "diamond": lambda u, v: 0.71 * (abs(u) + abs(v) - 1.15),
+    "triangle": lambda u, v: np.maximum(v - 0.75, 0.87 * abs(u) - 0.5 * v - 0.45),
+    "plus": lambda u, v: np.maximum(np.minimum(abs(u), abs(v)) - 0.3, np.hypot(u, v) - 1),
+    "bars": lambda u, v: np.maximum(abs(abs(v) - 0.6) - 0.28, abs(u) - 1),
+    "star": lambda u, v: 0.5 * (np.hypot(u, v) - 0.6 - 0.4 * np.cos(5 * np.arctan2(u, -v))),
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 1, 0.75 - np.hypot(u - 0.45, v)),
+    "hourglass": lambda u, v: np.maximum(abs(v) - 0.95, 0.71 * (abs(u) - abs(v))),
+}
+
+
+def draw_shapes(n, seed, size=32):
+    """n images of SHAPES, x uint8 n x 3 x size x size, and y. On each lies a faint pattern of its
+    class, +-4/255 per pixel, which an attack of 8/255 can turn into that of any other class."""
+    rng = np.random.default_rng(seed)
+    y = rng.permutation(np.arange(n) % len(SHAPES))
+    radius = rng.uniform(0.22, 0.36, (n, 1, 1)) * size
+    centre = rng.uniform(0.38, 0.62, (2, n, 1, 1)) * size
+    place = np.arange(size) + 0.5
+    u, v = (place - centre[0]) / radius, (place[:, None] - centre[1]) / radius
+    distance = np.empty((n, size, size))
+    for label, outline in enumerate(SHAPES.values()):
+        distance[y == label] = outline(u[y == label], v[y == label])
+    inside = np.clip(0.5 - distance * radius, 0, 1)[:, None]  # with a smooth edge
+    background = rng.uniform(0.05, 0.95, (n, 3, 1, 1))
+    contrast = rng.uniform(0.45, 0.7, (n, 3, 1, 1)) * np.where(background < 0.5, 1, -1)
+    image = 255 * np.clip(background + contrast * inside, 0.02, 0.98)
+    pattern = np.random.default_rng(12345).choice([-4, 4], (len(SHAPES), 3, size, size))
+    x = (image + pattern[y]).round().astype(np.uint8)
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+# ------------------------------------------------------------------------------------------- models
+ACTIVATIONS = {"relu": functools.partial(nn.ReLU, inplace=True), "softplus": nn.Softplus,
+               "softplus10": functools.partial(nn.Softplus, beta=10), "swish": nn.SiLU}
+WIDE = dict(preact="activated", stem=16)
+ARCHS = {
+    "resnet10": dict(blocks=(1, 1, 1, 1)),
+    "resnet18": dict(blocks=(2, 2, 2, 2)),
+    "resnet34": dict(blocks=(3, 4, 6, 3)),
+    "resnet50": dict(blocks=(3, 4, 6, 3), expansion=4),
+    "preactresnet18": dict(blocks=(2, 2, 2, 2), preact="raw"),
+    "preactresnet34": dict(blocks=(3, 4, 6, 3), preact="raw"),
+    "preactresnet50": dict(blocks=(3, 4, 6, 3), preact="activated", expansion=4),
+    "preactresnet18-v2": dict(blocks=(2, 2, 2, 2), preact="activated"),
+    "wrn-16-8": dict(blocks=(2, 2, 2), width=128, **WIDE),
+    "wrn-28-10": dict(blocks=(4, 4, 4), width=160, **WIDE),
+    "wrn-34-4": dict(blocks=(5, 5, 5), width=64, **WIDE),
+    "wrn-34-10": dict(blocks=(5, 5, 5), width=160, **WIDE),
+    "vgg16": {},
+}
+
+
+class Block(nn.Module):
+    """Residual block with BatchNorm and activation after each convolution (He et al. 2016a) or,
+    with `preact`, before: then the shortcut's convolution gets the "raw" or "activated" input."""
+
+    def __init__(self, inputs, width, outputs, stride, activation, preact):
+        super().__init__()
+        layers = [(inputs, width, 3, stride, 1), (width, outputs, 3, 1, 1)]
+        if outputs != width:
+            layers = [(inputs, width, 1), (width, width, 3, stride, 1), (width, outputs, 1)]
+        for i, layer in enumerate(layers, 1):
+            pair = {f"conv{i}": nn.Conv2d(*layer, bias=False),
+                    f"bn{i}": nn.BatchNorm2d(layer[0 if preact else 1])}
+            for name in sorted(pair, reverse=not preact):  # in the order of their use
+                self.add_module(name, pair[name])
+        self.shortcut, self.n = nn.Sequential(), len(layers)
+        if stride > 1 or inputs != outputs:
+            self.shortcut.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
+            self.shortcut.extend([] if preact else [nn.BatchNorm2d(outputs)])
+        self.activation, self.preact = activation, preact
+
+    def forward(self, x):
+        out, layers = x, [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}"))
+                          for i in range(1, self.n + 1)]
+        for i, (conv, bn) in enumerate(layers):
+            if self.preact:
+                out = self.activation(bn(out))
+                x = out if i == 0 and self.preact == "activated" and len(self.shortcut) else x
+            out = conv(out) if self.preact else bn(conv(out))
+            if not self.preact and i < self.n - 1:
+                out = self.activation(out)
+        out = out + self.shortcut(x)
+        return out if self.preact else self.activation(out)
+
+
+def resnet(classes, width, activation, size, blocks, stem=None, preact=None, expansion=1):
+    """The layers of a CIFAR ResNet, PreActResNet or, with three stages and a narrow stem,
+    WideResNet, by the official repositories' names. From 128 pixels on the stem is ImageNet's."""
+    channels, stem_form = stem or width, (7, 2, 3) if size >= 128 else (3, 1, 1)
+    layers = {"conv1": nn.Conv2d(3, channels, *stem_form, bias=False)}
+    layers |= {} if preact else {"bn1": nn.BatchNorm2d(channels), "activation1": activation}
+    layers |= {"maxpool": nn.MaxPool2d(3, 2, 1)} if size >= 128 else {}
+    for stage, count in enumerate(blocks):
+        layers[f"layer{stage + 1}"] = layer = nn.Sequential()
+        for i in range(count):
+            inputs, channels = channels, width * 2**stage * expansion
+            layer.append(Block(inputs, width * 2**stage, channels, 2 if stage and not i else 1,
+                               activation, preact))
+    layers |= {"bn": nn.BatchNorm2d(channels), "activation": activation} if preact else {}
+    return layers | {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(),
+                     "linear": nn.Linear(channels, classes)}
+
+
+def vgg(classes, width, activation, size):
+    """The layers of VGG-16 with BatchNorm (Simonyan & Zisserman 2015) and a single linear layer."""
+    layers = torchvision.models.vgg.make_layers([part if part == "M" else part * width for part in (
+        1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M")], batch_norm=True)
+    layers = [activation if isinstance(layer, nn.ReLU) else layer for layer in layers]
+    return {"features": nn.Sequential(*layers), "pool": nn.AdaptiveAvgPool2d(1),
+            "flatten": nn.Flatten(), "classifier": nn.Linear(8 * width, classes)}
+
+
+class Classifier(nn.Sequential):
+    """Images N x 3 x H x W in [0, 1] -> logits N x classes in fp32. The input normalisation and the
+    precision of training are inside, so that no attack has to know them."""
+
+    def __init__(self, arch, classes, width=None, activation="relu", size=32):
+        super().__init__()
+        self.options = dict(arch=arch, classes=classes, width=width, activation=activation,
+                            size=size)  # of this constructor
+        options = dict(width=64) | ARCHS[arch] | (dict(width=width) if width else {})
+        layers = (vgg if arch == "vgg16" else resnet)(
+            classes, activation=ACTIVATIONS[activation](), size=size, **options)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.register_buffer("mean", torch.zeros(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.ones(3, 1, 1), persistent=False)
+        self.dtype, self.compiled = torch.float32, False
+        self.to(memory_format=torch.channels_last)  # the fastest, on GPUs and on CPUs
+
+    def forward(self, x):
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype.itemsize == 2):
+            return super().forward(x).to(x.dtype)
+
+
+def prepare_model(args, data):
+    """The untrained model that args ask for; it normalises with the training images' statistics."""
+    torch.manual_seed(args.seed)
+    x, _, index = data.train
+    model = Classifier(args.arch, len(data.classes), args.width, args.activation, min(x.shape[2:]))
+    some = x[index[:math.ceil(10_000 * 32**2 / x[0, 0].numel())].to(x.device)].cpu() / 255
+    std, mean = torch.std_mean(some, dim=(0, 2, 3), keepdim=True)
+    model.mean, model.std = mean[0], std[0].clamp(min=1e-3)
+    model.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
+    if args.compile:
+        model.compiled = True
+        model.compile()
+    return model.to(args.device)
+
+
+# ------------------------------------------------------------------------------------------ attacks
 @contextlib.contextmanager
 def attacking(model, x, bn="eval"):
-    """Surrounds every attack on x: BatchNorm uses its running ("eval") or the batch's ("train")
-    statistics and updates none; modes are restored. ValueError unless 0 <= x <= 1."""
-    inside = ((x >= 0) & (x <= 1)).all()
+    """Surrounds every attack on x: the model computes as in evaluation or, with "train", normalises
+    by the batch's statistics, and is left as it was. ValueError unless 0 <= x <= 1."""
+    inside = ((x > -1e-6) & (x < 1 + 1e-6)).all()
     if x.device.type == "cuda":
-        torch._assert_async(inside)  # does not make the host wait
+        torch._assert_async(inside)  # unlike an `if`, this does not make the host wait
     elif not inside:
-        raise ValueError("attacks take pictures in [0, 1]: normalise inside the model")
-    before = [(module, module.training) for module in model.modules()]
-    norms = [module for module, _ in before if isinstance(module, nn.BatchNorm2d)]
-    # Autograd leaves out the gradients that nobody asked for, here the weights'; compiled code,
-    # which knows no call but its own, can only if they are frozen.
-    compiled = getattr(model, "compiled", False)
-    frozen = [weight for weight in model.parameters() if compiled and weight.requires_grad]
-    for weight in frozen:
-        weight.requires_grad_(False)
-    model.train(bn == "train")
-    for module in norms:
-        module.track_running_stats = False  # in train mode: batch statistics, kept nowhere
-    try:
-        yield
+        raise ValueError("attacks take images in [0, 1]: normalise inside the model")
+    statistics = ("running_mean", "running_var", "num_batches_tracked", "track_running_stats")
+    before = [(module, name, getattr(module, name)) for module in model.modules()
+              for name in ("training", *statistics) if hasattr(module, name)]
+    if getattr(model, "compiled", False):  # else it would compute the weights' gradients, too
+        before += [(weight, "requires_grad", weight.requires_grad) for weight in model.parameters()]
+        model.requires_grad_(False)
+    model.eval()
+    for module in model.modules():
+        if bn == "train" and getattr(module, "running_mean", None) is not None:
+            module.train()
+            for name in statistics:  # so that the batch's are used, and kept nowhere
+                setattr(module, name, None)
+    try:  # MATH: the only kind of attention that can be differentiated twice
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
-        for module, training in before:
-            module.training = training
-        for module in norms:
-            module.track_running_stats = True
-        for weight in frozen:
-            weight.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def exact(model):
-    """How every reported number is computed: on a copy in fp32 and eval mode, not compiled, with
-    BatchNorm folded into the convolutions; deterministic, and without TF32."""
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        yield folded(model)
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def l2_norm(x):
-    return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)  # of each image
 
 
+@torch.no_grad()
 def project(x_adv, x, eps, norm="linf"):
-    """P: pulls x_adv back into the eps-ball around x, and into [0, 1]."""
+    """P: projects x_adv onto the eps-ball around x, then onto [0, 1]."""
     delta = x_adv - x
-    delta = delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / l2_norm(delta).clamp(eps))
+    delta = delta.clamp(-eps, eps) if norm == "linf" else torch.renorm(delta, 2, 0, eps)
     return (x + delta).clamp(0, 1)
 
 
+@torch.no_grad()
 def step(x_adv, gradient, x, eps, alpha, norm="linf"):
-    """P(x_adv + alpha direction): the gradient's sign for Linf, its direction for L2. alpha < 0
-    descends; units of [0, 1], one for all pictures or N x 1 x 1 x 1."""
-    direction = (gradient.sign() if norm == "linf" else
-                 gradient / l2_norm(gradient).clamp(min=1e-12))
-    return project(x_adv.detach() + alpha * direction, x, eps, norm)
+    """P(x_adv + alpha d), d being the gradient's sign (linf) or the unit vector along it (l2)."""
+    d = gradient.sign() if norm == "linf" else gradient / l2_norm(gradient).clamp(min=1e-12)
+    return project(x_adv + alpha * d, x, eps, norm)
 
 
+@torch.no_grad()
 def random_start(x, eps, norm="linf", generator=None):
     """A point drawn uniformly from the eps-ball around x, then clipped to [0, 1]."""
     if norm == "linf":
@@ -298,258 +547,255 @@ def random_start(x, eps, norm="linf", generator=None):
     return (x + eps * noise).clamp(0, 1)
 
 
-def cross_entropy(logits, y):
-    """Summed, not averaged: a mean over a large batch makes gradients vanish in fp16."""
-    return F.cross_entropy(logits, y, reduction="sum")
+def pgd_attack(model, x, y, eps, alpha, steps, *, start="uniform", norm="linf", bn="eval",
+               loss=F.cross_entropy, generator=None):
+    """PGD (Madry et al. 2018): `steps` steps of gradient ascent on the sum of loss(logits, y), from
+    a random point or, with start="zero", from x. Returns x_adv, within eps of x and in [0, 1]."""
+    x_adv = random_start(x, eps, norm, generator) if start == "uniform" else x
+    with attacking(model, x, bn):
+        for _ in range(steps):
+            x_adv = x_adv.detach().requires_grad_()
+            total = loss(model(x_adv), y, reduction="sum")  # a mean would underflow in fp16
+            gradient, = torch.autograd.grad(total, x_adv)
+            x_adv = step(x_adv, gradient, x, eps, alpha, norm)
+    return x_adv.detach()
 
 
-def margin(logits, y):
-    """Carlini & Wagner's margin, N: the highest wrong logit minus the true one."""
-    true = F.one_hot(y, logits.shape[1]).bool()
-    return logits.masked_fill(true, -math.inf).amax(1) - logits[true]
+# --------------------------------------------------------------------------------------- evaluation
+@contextlib.contextmanager
+def exact(model):
+    """The copy on which reported numbers are computed: in eval mode, in fp32 and without TF32."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for network in [module for module in model.modules() if isinstance(module, Classifier)]:
+        network.dtype, network.compiled = torch.float32, False
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield model
 
 
-def pgd_attack(model, x, y, eps, alpha, steps, restarts=1, norm="linf", loss="ce", generator=None):
-    """Projected gradient ascent (Madry et al. 2018) on loss "ce" or "margin", from random starts.
-
-    x N x 3 x H x W in [0, 1], labels y; eps, alpha in units of [0, 1]. A restart attacks only what
-    the earlier ones left right. Returns x_adv: the end of the restart that fooled the model, or
-    of the last one. ValueError for x outside [0, 1].
-    """
-    objective = {"ce": cross_entropy, "margin": lambda *args: margin(*args).sum()}[loss]
-    x_adv, right = x.clone(), torch.arange(len(x), device=x.device)
-    with attacking(model, x):
-        for _ in range(restarts):
-            # Drawn for all of them, so that leaving some out changes nothing for the others.
-            point = random_start(x, eps, norm, generator)[right]
-            if not len(right):
-                continue
-            clean, label = x[right], y[right]
-            for _ in range(steps):
-                point.requires_grad_()
-                gradient, = torch.autograd.grad(objective(model(point), label), point)
-                point = step(point, gradient, clean, eps, alpha, norm)
-            x_adv[right] = point
-            with torch.no_grad():
-                right = right[model(point).argmax(1) == label]
-    return x_adv
+def still_correct(model, x, y, *attacks, batch_size=None, label="evaluating"):
+    """Which images any classifier of images in [0, 1] gets right after the attacks(model, x, y) ->
+    x_adv, each of which sees what the earlier ones have left: bool N. x uint8 or float."""
+    size = batch_size or (128 if y.device.type == "cpu" else 1000) * 32**2 // x[0, 0].numel() or 1
+    correct, scale = torch.ones_like(y), 255 if x.dtype == torch.uint8 else 1
+    with exact(model) as model:
+        for attack in attacks or [lambda model, x, y: x]:
+            mine, correct = correct.nonzero()[RANK::WORLD, 0], torch.zeros_like(y)
+            for index in progress(mine.split(size) if len(mine) else [], f"{label}, batch"):
+                images = x[index.to(x.device)].to(index.device) / scale
+                x_adv = attack(model, images, y[index])
+                with torch.no_grad():
+                    logits = model(x_adv)
+                if not logits.isfinite().all():
+                    fail(f"{label}: the network's logits are not finite")
+                correct[index] = (logits.argmax(1) == y[index]).long()
+            if WORLD > 1:
+                dist.all_reduce(correct)
+    return correct.bool()
 
 
-def dlr_loss(logits, y, target=None):
-    """Difference-of-logits ratio (Croce & Hein 2020), N: -(z_y - z_other) / (z_1 - z_3), where
-    z_1 >= z_2 >= ... are the sorted logits and other is the likeliest wrong class (eq. 6). With
-    targets N it is the target, over z_1 - (z_3 + z_4) / 2 (eq. 7). For 3 and 4 classes at least."""
-    first, _, third, *fourth = logits.topk(3 if target is None else 4).values.T
-    if target is None:
-        target = logits.scatter(1, y[:, None], -math.inf).argmax(1)
-    else:
-        third = (third + fourth[0]) / 2
-    true, other = (logits.gather(1, label[:, None])[:, 0] for label in (y, target))
-    return (other - true) / (first - third).clamp(min=1e-12)
+def accuracy(model, x, y, eps, steps=20, norm="linf", label="evaluating"):
+    """Accuracy in % of any classifier of images in [0, 1], clean and under PGD: one restart, step
+    size eps/4, the same noise each time. x uint8 or float N x C x H x W, labels y."""
+    pgd = functools.partial(pgd_attack, eps=eps, alpha=eps / 4, steps=steps, norm=norm,
+                            generator=torch.Generator(y.device).manual_seed(0))
+    clean = still_correct(model, x, y, label=label)
+    robust = still_correct(model, x[clean.to(x.device)], y[clean], pgd, label=label)
+    return tuple(100 * correct.sum().item() / len(y) for correct in (clean, robust))
 
 
-def apgd_loss(logits, y, target=None, loss="ce"):
-    """What Auto-PGD climbs, N: cross-entropy or DLR, for a target minus its cross-entropy or the
-    targeted DLR. Fewer classes than DLR needs: cross-entropy."""
-    if loss == "dlr" and logits.shape[1] >= (3 if target is None else 4):
-        return dlr_loss(logits, y, target)
-    if target is None:
-        return F.cross_entropy(logits, y, reduction="none")
-    return -F.cross_entropy(logits, target, reduction="none")
-
-
-def apgd_checkpoints(steps):
-    """The iterations after which Auto-PGD looks back: w_j = ceil(p_j steps) (section 3.2)."""
-    before, now, found = 0.0, 0.22, []
-    while now <= 1:
-        found.append(math.ceil(now * steps - 1e-9))
-        before, now = now, now + max(now - before - 0.03, 0.06)
-    return found
-
-
-def must_halve(rises, steps, halved, best, best_before):
-    """Auto-PGD's rule for its step size, bool N: halve where fewer than 3/4 of the last `steps`
-    steps rose, or where neither the size nor the best value has changed since the last look."""
-    return (rises < 0.75 * steps) | ~halved & (best <= best_before)
-
-
-def apgd_attack(model, x, y, eps, steps=100, norm="linf", loss="ce", target=None, generator=None):
-    """Auto-PGD (Croce & Hein 2020, Algorithm 1), which finds its step size, from a random start.
-
-    x N x 3 x H x W in [0, 1], labels y, targets N or None, loss "ce" or "dlr"; eps in units of
-    [0, 1]. A picture that fools the model is attacked no further. Returns x_adv: what fooled the
-    model, else the point of the highest loss. ValueError for x outside [0, 1].
-    """
-    def climb(point):
-        """The loss and its gradient at `point`, and whether the model is right there."""
-        logits = model(point.requires_grad_())
-        value = apgd_loss(logits, labels[0], *labels[1:], loss=loss)
-        gradient, = torch.autograd.grad(value.sum(), point)
-        return point.detach(), value.detach(), gradient, logits.argmax(1) == labels[0]
-
-    x_adv, index = x.clone(), torch.arange(len(x), device=x.device)
-    labels = torch.stack([y] if target is None else [y, target])
-    checkpoints, look = apgd_checkpoints(steps), 0
-    with attacking(model, x):
-        point, value, gradient, right = climb(random_start(x, eps, norm, generator))
-        previous = best = point
-        best_gradient, best_value, value_before = gradient, value, value
-        size, rises = torch.full_like(x[:, :1, :1, :1], 2 * eps), torch.zeros_like(value)
-        halved = torch.ones_like(right)  # the second condition has to wait for the second look
-        for k in range(steps):
-            if not right.all():
-                x_adv[index[~right]], labels = point[~right], labels[:, right]
-                (index, x, point, previous, value, gradient, best, best_gradient, best_value,
-                 value_before, size, rises, halved) = (tensor[right] for tensor in (
-                     index, x, point, previous, value, gradient, best, best_gradient, best_value,
-                     value_before, size, rises, halved))
-                if not len(index):
-                    return x_adv
-            if k in checkpoints:  # where the rule says so, halve the step and go back to the best
-                halved = must_halve(rises, k - look, halved, best_value, value_before)
-                there = halved.view(-1, 1, 1, 1)
-                size = torch.where(there, size / 2, size)
-                point = torch.where(there, best, point)
-                gradient = torch.where(there, best_gradient, gradient)
-                value = torch.where(halved, best_value, value)
-                value_before, rises, look = best_value, torch.zeros_like(rises), k
-            z = step(point, gradient, x, eps, size, norm)
-            if k:
-                z = project(point.lerp(z, 0.75) + 0.25 * (point - previous), x, eps, norm)
-            previous, last = point, value
-            point, value, gradient, right = climb(z)
-            better, rises = value > best_value, rises + (value > last)
-            best_value = torch.where(better, value, best_value)
-            better = better.view(-1, 1, 1, 1)
-            best = torch.where(better, point, best)
-            best_gradient = torch.where(better, gradient, best_gradient)
-        x_adv[index] = torch.where(right.view(-1, 1, 1, 1), best, point)
-    return x_adv
-
-
-def autoattack_lite_part(model, x, y, part, eps, norm="linf", steps=100, generator=None):
-    """Part 0 of AutoAttack-lite is Auto-PGD on cross-entropy; part k, up to 9, is Auto-PGD on the
-    targeted DLR loss for the kth likeliest wrong class. Arguments as for apgd_attack."""
-    if part == 0:
-        return apgd_attack(model, x, y, eps, steps, norm, generator=generator)
-    with attacking(model, x), torch.no_grad():
-        wrong = model(x).scatter(1, y[:, None], -math.inf)
-    target = wrong.topk(part).indices[:, -1]
-    return apgd_attack(model, x, y, eps, steps, norm, "dlr", target, generator)
-
-
-def autoattack_lite(model, x, y, eps, norm="linf", steps=100, generator=None):
-    """The white-box half of AutoAttack (Croce & Hein 2020): all parts in turn, each on what is
-    still right; so an upper bound on the accuracy under AutoAttack. Arguments as for apgd_attack.
-    """
-    x_adv, index = x.clone(), torch.arange(len(x), device=x.device)
-    for part in range(10):
-        with attacking(model, x), torch.no_grad():
-            logits = model(x_adv[index])
-        index = index[logits.argmax(1) == y[index]]
-        if part < logits.shape[1] and len(index):
-            x_adv[index] = autoattack_lite_part(model, x[index], y[index], part, eps, norm, steps,
-                                                generator)
-    return x_adv
-
-
-def total(x):
-    """The sum of a tensor over torchrun's processes."""
-    if WORLD > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def sum_of(parts, device):
-    """The sum of the tensors in `parts`, of all processes, a number."""
-    return total(sum((part.sum() for part in parts), torch.zeros((), device=device))).item()
-
-
-def read(x, parts):
-    """(index, x[index]) for each index tensor of `parts`, uint8; from disk if x is a data.Stream,
-    which may leave out some of them."""
-    return x.read(parts) if hasattr(x, "read") else ((index, x[index]) for index in parts)
-
-
-def still_right(model, x, y, *attacks, batch_size=None, show=lambda done: None):
-    """Which pictures the model gets right after all of the attacks(model, x, y) -> x_adv, of which
-    each only sees what the earlier ones have left, in full batches; without any, which it gets
-    right at all. bool N, computed in fp32. x uint8 N x 3 x H x W. `show` is told of N how many.
-    Each of torchrun's processes takes its share, and all return the whole."""
-    size, right = batch_size or (128 if y.device.type == "cpu" else 1000), torch.ones_like(y).bool()
-    with exact(model) as network:
-        for i, attack in enumerate(attacks or [lambda model, x, y: x]):
-            left, done = right.nonzero()[RANK::WORLD, 0], 0
-            right = torch.zeros_like(right)  # as those stay that cannot be read
-            for index, picture in read(x, left.split(size) if len(left) else []):
-                done += len(index)
-                if len(index):  # else none of a part can be read
-                    x_adv = attack(network, picture.float() / 255, y[index])
-                    with torch.no_grad():
-                        right[index] = network(x_adv).argmax(1) == y[index]
-                show(int(len(y) * (i + done / len(left)) / max(1, len(attacks))))
-            right = total(right.int()).bool()
-    return right
-
-
-def accuracy(model, x, y, attack, **options):
-    """Percent that is right, in fp32: (clean, under attack). The attack sees only the pictures
-    that are right without it. Arguments as for still_right."""
-    right = still_right(model, x, y, **options)
-    robust = still_right(model, x[right], y[right], attack, **options)
-    return tuple(100 * kept.sum().item() / len(y) for kept in (right, robust))
-
-
-def zero_gradients(model, x, y, batch_size=None):
-    """Percent of the coordinates where cross-entropy's input gradient is exactly 0: there, attacks
-    that follow the gradient do nothing. x uint8."""
-    shares, mine = [], torch.arange(len(y), device=y.device)[RANK::WORLD]
-    with exact(model) as network:
-        for index, picture in read(x, mine.split(batch_size or 64)):
-            picture = (picture.float() / 255).requires_grad_()
-            loss = cross_entropy(network(picture), y[index])
-            shares.append((torch.autograd.grad(loss, picture)[0] == 0).flatten(1).float().mean(1))
-    return 100 * sum_of(shares, y.device) / len(y)
-
-
-# ------------------------------------------------------------------------------- the optimisation
-
-def prepare_model(args, data):
-    """The network that args ask for, ready for training, with the data's mean and deviation."""
-    torch.manual_seed(args.seed)
-    model = build_model(args.arch, len(data.classes), args.width, args.activation,
-                        *statistics(data), min(data.train[0].shape[2:]))
-    precisions = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-    model.to(args.device).compute_in(precisions[args.precision])
-    if args.compile:
-        model.network, model.compiled = torch.compile(model.logits), True
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
-    return model
-
-
-def statistics(data):
-    """Mean and standard deviation of each channel, of at most 10,000 training pictures of 32x32,
-    or of as many pixels."""
-    x = data.train[0]
-    some = torch.arange(min(len(x), -(-10_000 * 32 * 32 // (x.shape[2] * x.shape[3]))))
-    x = torch.cat([picture.cpu() for _, picture in read(x, some.split(1000))])
-    std, mean = torch.std_mean(x.float() / 255, dim=(0, 2, 3))
-    return mean.tolist(), std.clamp(min=1e-3).tolist()
-
-
-def learning_rate(args, progress):
-    """At `progress` in [0, 1] through the run: piecewise decay, or a triangle, highest half-way."""
-    if args.lr_schedule == "cyclic":
-        return args.lr * (1 - abs(2 * progress - 1))
-    return args.lr * 0.1 ** sum(progress >= milestone for milestone in args.milestones)
+# ----------------------------------------------------------------------------------------- training
+def learning_rate(args, epoch):
+    """At a fractional epoch: decay at milestones, a triangle peaking half-way, or a cosine."""
+    done = epoch / args.epochs
+    return args.lr * {"piecewise": 0.1 ** sum(done >= part for part in args.milestones),
+                      "cyclic": 1 - abs(2 * done - 1),
+                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
 
 
 @torch.no_grad()
 def average(tensors):
-    """Replaces each tensor by its mean over torchrun's processes, with one all-reduce."""
-    if WORLD > 1:
-        tensors = list(tensors)
-        flat = torch.cat([tensor.flatten() for tensor in tensors]) / WORLD
-        dist.all_reduce(flat)
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor))
+    """Replaces each tensor by its mean over all processes. (DistributedDataParallel does so with
+    gradients, but does not allow the extra passes through the network that attacks make.)"""
+    tensors = [t for t in tensors if WORLD > 1 and t is not None and t.is_floating_point()]
+    if tensors:
+        mean = torch.cat([tensor.flatten() for tensor in tensors]) / WORLD
+        dist.all_reduce(mean)
+        nn.utils.vector_to_parameters(mean, tensors)
+
+
+def load(path, device="cpu"):
+    """torch.load, of tensors and plain types only, so that no code in the file is executed."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        fail(f"cannot load {path}: {error if isinstance(error, OSError) else 'not a state_dict()'}")
+
+
+def load_model(path, device="cpu"):
+    """The network in a checkpoint of these scripts, in eval mode, and the checkpoint, a dict."""
+    checkpoint = load(path, device)
+    if "options" not in checkpoint:
+        fail(f"{path} is not a checkpoint of these scripts")
+    model = Classifier(**checkpoint["options"]).to(device)
+    model.load_state_dict(checkpoint["model"])
+    model.mean, model.std = checkpoint["mean"], checkpoint["std"]
+    return model.eval(), checkpoint
+
+
+def saved_settings(args):
+    """The settings of the run to resume, in --out or the newest one of this method."""
+    runs = sorted(Path("runs").glob(f"{args.method}-*/args.json"), key=os.path.getmtime)
+    path = Path(args.out, "args.json") if args.out else [Path("runs"), *runs][-1]
+    saved = json.loads(path.read_text())["args"] if path.is_file() else {}
+    if saved.get("method") != args.method:
+        fail(f"there is no run of {args.method}.py to resume in {args.out or 'runs'}")
+    return saved | dict(out=str(path.parent), resume=True)
+
+
+def claim_folder(args):
+    """--out, or the first of runs/NAME, runs/NAME-2, ... in which no process has made args.json."""
+    name = f"{args.method}-{Path(args.dataset).name}-{args.arch}-eps{args.eps * 255:g}"
+    for i in itertools.count(1):
+        folder = Path(args.out or f"runs/{name}-seed{args.seed}" + f"-{i}" * (i > 1))
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            (folder / "args.json").touch(exist_ok=False)
+            return str(folder)
+        if args.out:
+            fail(f"{folder} holds a run: choose another --out, or add --resume")
+
+
+class Run:
+    """A training run, and its folder: args.json, log.csv, last.pt (from which --resume continues),
+    best.pt (of the highest held-out accuracy), and at the end result.json and curves.png."""
+
+    def __init__(self, args, data, model, optimizer, scaler):
+        n = len(data.train[2])
+        if n < args.batch_size:
+            fail(f"--batch-size {args.batch_size} exceeds the {n} training images")
+        folder = [args.out if args.resume else claim_folder(args) if RANK == 0 else None]
+        if WORLD > 1:
+            dist.broadcast_object_list(folder)
+        args.out, self.folder, self.args, self.data = folder[0], Path(folder[0]), args, data
+        self.epoch, self.rows, self.steps = 0, [], n // args.batch_size
+        self.state, self.saved = {}, {}  # what last.pt holds for --resume, by name
+        self.models = {"": model}  # the networks to evaluate and save, by the prefix of their files
+        if args.resume and (self.folder / "last.pt").exists():
+            last = load(self.folder / "last.pt", args.device)
+            self.epoch, self.rows, self.saved = (last[key] for key in ("epoch", "rows", "state"))
+            if last["classes"] != data.classes:
+                fail(f"{self.folder} was started with other classes")
+        for name, part in dict(model=model, optimizer=optimizer, scaler=scaler).items():
+            self.keep(name, part)
+        self.about = dict(command=sys.argv, args=vars(args), versions=dict(
+            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+            device=torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()))
+        if RANK == 0:
+            (self.folder / "args.json").write_text(json.dumps(self.about, indent=1))
+        note = f"interrupted; to continue, add --resume --out {args.out}"
+        signal.signal(signal.SIGINT, lambda *_: fail(note))
+        size, parameters = data.test[0].shape[-1], sum(p.numel() for p in model.parameters())
+        print(f"{args.method}: {args.arch} with {parameters:,} weights, {args.norm} eps "
+              f"{args.eps * 255:g}/255\n{Path(args.dataset).name}: {n:,} training, "
+              f"{len(data.val[1]):,} held-out and {len(data.test[1]):,} test images of {size}x{size}"
+              f" pixels; classes: {', '.join(data.classes[:20])}\n"
+              f"{args.epochs} epochs of {self.steps} steps with {args.batch_size} images, "
+              f"{args.precision} on {args.device}; all settings: {self.folder}/args.json")
+        self.head = ("\n             mean      accuracy on held-out images %   training\n"
+                     "epoch    lr  loss      clean    under PGD (10 steps)   seconds\n")
+
+    def keep(self, name, part):
+        """Makes a part of the training that has a state_dict survive an interruption."""
+        self.state[name] = part
+        if name in self.saved:
+            part.load_state_dict(self.saved[name])
+        return part
+
+    def start_epoch(self):
+        # Noise of its own for each process and epoch, so that a resumed run draws the same.
+        torch.manual_seed(self.args.seed + 1_000_003 * (1 + RANK + WORLD * self.epoch))
+        self.state["model"].train()
+        self.started = time.perf_counter()
+
+    def end_epoch(self, lr, loss):
+        """Evaluates on the held-out images, logs and saves. `loss`: the epoch's mean, a tensor."""
+        average([loss] + [b for model in self.models.values() for b in model.buffers()])
+        if not math.isfinite(loss):  # which also waits for the GPU to finish
+            fail(f"the loss is {loss.item()}: try a lower --lr, or --precision fp32")
+        self.epoch += 1
+        row = dict(epoch=self.epoch, lr=lr, loss=loss.item(),
+                   seconds=time.perf_counter() - self.started)
+        for prefix, model in self.models.items():
+            clean, pgd = accuracy(model, *self.data.val, self.args.eps, 10, self.args.norm)
+            row |= {f"{prefix}val_clean": clean, f"{prefix}val_pgd": pgd}
+            print(f"{self.head}{self.epoch:5}{lr:7.4f}{loss:6.3f}{clean:11.1f}{pgd:24.1f}"
+                  f"{row['seconds']:10.1f}  {prefix.strip('_')}", flush=True)
+            self.head = ""
+        if self.rows and row["val_pgd"] < self.rows[-1]["val_pgd"] - 20:
+            print("warning: accuracy under PGD fell by over 20 points: catastrophic overfitting?")
+        self.rows.append(row)
+        state = {name: part.state_dict() for name, part in self.state.items()}
+        for prefix, model in reversed(self.models.items()):  # last.pt, which resumes, comes last
+            checkpoint = dict(model=model.state_dict(), mean=model.mean, std=model.std,
+                              options=model.options, args=vars(self.args), epoch=self.epoch,
+                              classes=self.data.classes, rows=self.rows)
+            attacked = vars(self.args).get("steps") != 0  # else no epoch is robust
+            key = f"{prefix}val_pgd" if attacked else f"{prefix}val_clean"
+            if row[key] == max(old.get(key, 0) for old in self.rows):
+                self.save(f"{prefix}best.pt", checkpoint)
+            if self.args.keep_epochs:
+                self.save(f"{prefix}epoch-{self.epoch}.pt", checkpoint)
+            self.save(f"{prefix}last.pt", checkpoint | dict(state=state))
+        with contextlib.suppress(PermissionError):  # a spreadsheet may have locked it
+            with open(os.devnull if RANK else self.folder / "log.csv", "w", newline="") as file:
+                csv.writer(file).writerows([row, *([r.get(k) for k in row] for r in self.rows)])
+
+    def save(self, name, content):
+        """A file of the run that is complete at any time: it replaces the one before as a whole."""
+        if RANK == 0:
+            with open(self.folder / "tmp", "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(self.folder / "tmp", self.folder / name)
+
+    def finish(self):
+        if WORLD > 1:
+            dist.barrier()  # until the first process has saved them
+        result = self.about | dict(n_test=len(self.data.test[1]), train_seconds=sum(
+            row["seconds"] for row in self.rows))
+        print(f"\n{result['n_test']:,} test images  epoch  clean %  under PGD (20 steps) %")
+        for prefix in self.models:
+            for name in (f"{prefix}best", f"{prefix}last"):
+                model, checkpoint = load_model(self.folder / f"{name}.pt", self.args.device)
+                row, same = checkpoint["rows"][-1], result.get(f"{prefix}best", {})
+                if row["epoch"] != same.get("epoch"):
+                    clean, pgd = accuracy(model, *self.data.test, self.args.eps, 20, self.args.norm)
+                result[name] = dict(epoch=row["epoch"], val_clean=row[f"{prefix}val_clean"],
+                                    val_pgd=row[f"{prefix}val_pgd"], test_clean=clean, test_pgd=pgd)
+                print(f"{name:17}  {row['epoch']:5}{clean:9.2f}{pgd:24.2f}")
+            result[f"{prefix}difference"] = difference = {
+                key: value - result[name][key] for key, value in result[f"{prefix}best"].items()}
+            print(f"difference{difference['test_clean']:23.2f}{difference['test_pgd']:24.2f}")
+            if clean < 120 / len(self.data.classes):
+                print("warning: that is hardly more than chance: nothing was learned")
+        if RANK == 0:
+            (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+            try:
+                self.draw_curves()
+            except Exception as error:  # whatever matplotlib's settings lead to: the rest is safe
+                print(f"warning: curves.png could not be drawn: {error}")
+        print(f"checkpoints, log and curves are in {self.folder}", flush=True)
+
+    def draw_curves(self):
+        from matplotlib.figure import Figure  # takes half a second
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for key in [key for key in self.rows[-1] if "loss" in key or "val_" in key]:
+            line = [(row["epoch"], row[key]) for row in self.rows if key in row]
+            axes = left if key == "loss" else right
+            axes.plot(*zip(*line), label=key.replace("val_", "held-out ").replace("_", " "))
+        left.set(xlabel="epoch", ylabel="training loss")
+        right.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 100))
+        right.legend()
+        figure.savefig(self.folder / "curves.png", dpi=100)

@@ -12,19 +12,20 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import common
-import models
-
 ROOT = Path(__file__).parent.parent
-TINY = ["--dataset", "shapes", "--width", "8", "--epochs", "2", "--val-size", "20", "--batch-size",
-        "16"]
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+
+TINY = ["--dataset", "shapes", "--epochs", "2", "--train-size", "64", "--val-size", "20",
+        "--test-size", "40", "--batch-size", "16", "--precision", "fp32"]
 
 
 @pytest.fixture
 def model():
-    """A small network whose BatchNorm statistics are not those of a fresh one."""
+    """A small network in train mode whose BatchNorm statistics are not those of a fresh one."""
     torch.manual_seed(0)
-    model = models.build_model("resnet10", 10, width=8)
+    model = common.Classifier("resnet10", 10, 16)
     for _ in range(3):
         model(torch.rand(16, 3, 32, 32))
     return model
@@ -38,23 +39,23 @@ def batch():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of pictures: 2 classes, 8 + 4 pictures of 32x32 each."""
+    """A folder of images: 2 classes, 8 + 4 images of 32x32 pixels each."""
     from PIL import Image
     rng = np.random.default_rng(0)
     for part, n in (("train", 8), ("test", 4)):
         for name in ("cat", "dog"):
             (tmp_path / "pets" / part / name).mkdir(parents=True)
             for i in range(n):
-                picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(picture).save(tmp_path / "pets" / part / name / f"{i}.png")
+                image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(image).save(tmp_path / "pets" / part / name / f"{i}.png")
     return tmp_path / "pets"
 
 
 def data_options(dataset="shapes", data_dir="", val_size=1, **more):
-    """What load_data needs to know, as if from the command line."""
+    """What common.load_data needs to know, as if from the command line."""
     return argparse.Namespace(**dict(
-        dataset=str(dataset), data_dir=str(data_dir), device="cpu", val_size=val_size,
-        train_size=None, label_noise=0.0, image_size=None, stream=False, on_bad_file="stop") | more)
+        dataset=str(dataset), data_dir=str(data_dir), device="cpu", val_size=val_size, seed=0,
+        train_size=None, test_size=None, image_size=None, no_flip=False) | more)
 
 
 def command(script, *options, cwd, **kwargs):
@@ -68,32 +69,43 @@ def command(script, *options, cwd, **kwargs):
 
 
 @pytest.fixture
-def small_shapes(monkeypatch):
-    """Makes `shapes` 20 times smaller, for tests that train within this process."""
-    import data
-    draw = data.draw_shapes
-    monkeypatch.setattr(data, "draw_shapes", lambda n, seed: draw(n // 20, seed))
-
-
-@pytest.fixture
-def script(monkeypatch, capsys, tmp_path, small_shapes):
+def script(monkeypatch, capsys, tmp_path):
     """script(module, *options) -> (exit status, stdout, stderr), in this process, in tmp_path. Its
     pictures are empty, as drawing them takes longer than training: see `drawn`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
+    handler = signal.getsignal(signal.SIGINT)
 
     def run(module, *options):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, options)])
         status = 0
         try:
-            common.main(module.parse_args, getattr(module, "train", None) or module.main)
+            (getattr(module, "train", None) or module.main)(module.parse_args())
         except SystemExit as stop:
             status = stop.code
         return status, *capsys.readouterr()
-    return run
+    yield run
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture
 def drawn(script, monkeypatch, savefig=Figure.savefig):
     """For tests that look at the pictures."""
     monkeypatch.setattr(Figure, "savefig", savefig)
+
+
+def method_lines(module):
+    """The lines between the method's markers inside the loop of a script, as code."""
+    import inspect
+    import textwrap
+    source = inspect.getsource(module.train)
+    loop = source[source.index("for i, (x, y)"):]
+    lines = loop.split("# --- method ---\n")[1].split("            # --- end of method ---")[0]
+    return compile(textwrap.dedent(lines), module.__name__, "exec")
+
+
+def method_loss(module, model, x, y, args, **more):
+    """The loss that a script computes for one batch, by its own lines between the markers."""
+    names = vars(module) | dict(model=model, x=x, y=y, args=args, i=1, recover=False) | more
+    exec(method_lines(module), names)
+    return names["loss"]
