@@ -685,8 +685,8 @@ class Run:
             self.epoch, self.rows, self.saved = (last[key] for key in ("epoch", "rows", "state"))
             if last["classes"] != data.classes:
                 fail(f"{self.folder} was started with other classes")
-        for name, part in dict(model=model, optimizer=optimizer, scaler=scaler).items():
-            self.keep(name, part)
+        for part in dict(model=model, optimizer=optimizer, scaler=scaler).items():
+            self.keep(*part)
         self.about = dict(command=sys.argv, args=vars(args), versions=dict(
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
             device=torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()))
@@ -694,13 +694,12 @@ class Run:
             (self.folder / "args.json").write_text(json.dumps(self.about, indent=1))
         note = f"interrupted; to continue, add --resume --out {args.out}"
         signal.signal(signal.SIGINT, lambda *_: fail(note))
-        size, parameters = data.test[0].shape[-1], sum(p.numel() for p in model.parameters())
-        print(f"{args.method}: {args.arch} with {parameters:,} weights, {args.norm} eps "
-              f"{args.eps * 255:g}/255\n{Path(args.dataset).name}: {n:,} training, "
-              f"{len(data.val[1]):,} held-out and {len(data.test[1]):,} test images of {size}x{size}"
-              f" pixels; classes: {', '.join(data.classes[:20])}\n"
-              f"{args.epochs} epochs of {self.steps} steps with {args.batch_size} images, "
-              f"{args.precision} on {args.device}; all settings: {self.folder}/args.json")
+        sizes = f"{n:,} training, {len(data.val[1]):,} held-out, {len(data.test[1]):,} test images"
+        print(f"{args.method}: {args.arch}, {sum(p.numel() for p in model.parameters()):,} weights,"
+              f" {args.precision} on {args.device}, {args.norm} eps {args.eps * 255:g}/255\n"
+              f"{Path(args.dataset).name}: {sizes} of {data.test[0].shape[-1]} pixels; classes: "
+              f"{', '.join(data.classes[:20])}\n{args.epochs} epochs of {self.steps} steps with "
+              f"{args.batch_size} images; all settings are in {self.folder}/args.json")
         self.head = ("\n             mean      accuracy on held-out images %   training\n"
                      "epoch    lr  loss      clean    under PGD (10 steps)   seconds\n")
 
