@@ -143,9 +143,10 @@ def parse(parser, argv=None):
 def small_preset(dataset):
     """Defaults for `shapes`, and for a folder of few images or where there is no GPU."""
     if dataset in DATASETS:
-        return SMALL | dict(epochs=6, val_size=200) if dataset == "shapes" else {}
+        return SMALL | dict(epochs=6, val_size=200, batch_size=16) if dataset == "shapes" else {}
     n = len(list_folder(dataset)[0][0])
-    small = SMALL | dict(epochs=min(max(20_000 // n, 6), 100), val_size=min(max(n // 10, 1), 1000))
+    small = SMALL | dict(epochs=min(max(20_000 // n, 6), 100), val_size=min(max(n // 10, 1), 1000),
+                         batch_size=min(max(n // 8, 4), 32))
     return {} if n >= 5000 and torch.cuda.is_available() else small
 
 
@@ -593,13 +594,13 @@ def still_correct(model, x, y, *attacks, batch_size=None, label="evaluating"):
     return correct.bool()
 
 
-def accuracy(model, x, y, eps, steps=20, norm="linf", label="evaluating"):
+def accuracy(model, x, y, eps, steps=20, norm="linf"):
     """Accuracy in % of any classifier of images in [0, 1], clean and under PGD: one restart, step
     size eps/4, the same noise each time. x uint8 or float N x C x H x W, labels y."""
     pgd = functools.partial(pgd_attack, eps=eps, alpha=eps / 4, steps=steps, norm=norm,
                             generator=torch.Generator(y.device).manual_seed(0))
-    clean = still_correct(model, x, y, label=label)
-    robust = still_correct(model, x[clean.to(x.device)], y[clean], pgd, label=label)
+    clean = still_correct(model, x, y)
+    robust = still_correct(model, x[clean.to(x.device)], y[clean], pgd)
     return tuple(100 * correct.sum().item() / len(y) for correct in (clean, robust))
 
 
@@ -792,8 +793,7 @@ class Run:
         left, right = figure.subplots(1, 2)
         for key in [key for key in self.rows[-1] if "loss" in key or "val_" in key]:
             line = [(row["epoch"], row[key]) for row in self.rows if key in row]
-            axes = left if key == "loss" else right
-            axes.plot(*zip(*line), label=key.replace("val_", "held-out ").replace("_", " "))
+            (left if key == "loss" else right).plot(*zip(*line), label=key.replace("_", " "))
         left.set(xlabel="epoch", ylabel="training loss")
         right.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 100))
         right.legend()
