@@ -576,7 +576,7 @@ def exact(model):
 def still_correct(model, x, y, *attacks, batch_size=None, label="evaluating"):
     """Which images any classifier of images in [0, 1] gets right after the attacks(model, x, y) ->
     x_adv, each of which sees what the earlier ones have left: bool N. x uint8 or float."""
-    size = batch_size or (128 if y.device.type == "cpu" else 1000) * 32**2 // x.shape[2:].numel() or 1
+    size = batch_size or (128 if y.is_cpu else 1000) * 32**2 // x.shape[2:].numel() or 1
     correct, scale = torch.ones_like(y), 255 if x.dtype == torch.uint8 else 1
     with exact(model) as model:
         for attack in attacks or [lambda model, x, y: x]:

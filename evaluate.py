@@ -6,14 +6,12 @@
     python evaluate.py runs/a/best.pt runs/b/best.pt --attack none --plots
     python evaluate.py weights.pth --arch resnet18 --dataset cifar10     a state dict from elsewhere
 
-Prints a table with a row for each checkpoint, and one more, mean +- standard deviation, for runs
-that differ only in the seed. result.json and the plots are saved in a folder of their own. All is
-computed in fp32 on n test images. An attack only gets the images that are classified correctly
-without it, and each restart those that the earlier ones have left. Every accuracy under attack is
-an upper bound on the true one. eps, step sizes and distances are in units of 1/255.
+All is computed in fp32. An attack only gets the images that are classified correctly without it, a
+restart those that are left, so that accuracies under attack are upper bounds. eps, step sizes and
+distances are in units of 1/255. Runs that differ only in the seed are averaged in one row more.
 """
 
-import argparse
+import contextlib
 import copy
 import functools
 import itertools
@@ -24,41 +22,37 @@ import statistics
 import sys
 import textwrap
 import time
+from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import common
 from backward_smoothing import backward_smoothing
+from common import attacking, l2_norm, project, random_start, step
 from fast_at import misalignment
 
-ATTACKS = ["pgd", "margin", "lite", "square", "cw", "rays"]
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(usage="%(prog)s CKPT ... [options]", description=__doc__,
-                                     formatter_class=common.HelpFormatter)
-    parser.error = common.fail  # one line, without the list of all options
+    parser = common.Parser(usage="%(prog)s CKPT ... [options]", description=__doc__,
+                           formatter_class=common.Parser.Format)
     add, number, count = parser.add_argument, common.number, common.number(int, 1)
     add("checkpoints", nargs="+", metavar="CKPT", help="best.pt, last.pt or a state dict")
-    add("--attack", nargs="+", default=["pgd", "lite"], choices=[*ATTACKS, "none"], metavar="NAME",
-        help="pgd: PGD on cross-entropy; margin: PGD on the margin of Carlini & Wagner; lite: "
-        "AutoAttack-lite; square, rays: without gradients; cw: Carlini & Wagner's L2 attack; none")
+    add("--attack", nargs="+", default=["pgd", "lite"], metavar="NAME", choices=[
+        "pgd", "margin", "lite", "square", "cw", "rays", "none"], help="PGD on cross-entropy or on "
+        "the margin, AutoAttack-lite, Square, Carlini & Wagner's L2 attack, RayS: %(choices)s")
     add("--surrogate", nargs="+", default=[], metavar="CKPT", help="also transfer PGD from these")
     add("--checklist", action="store_true", help="look for signs of gradient masking")
-    add("--plots", nargs="*", choices=list(PLOTS), metavar="NAME",
-        help="all plots, or some of " + ", ".join(PLOTS))
+    add("--plots", nargs="*", choices=list(PLOTS), metavar="NAME", help="all or some: %(choices)s")
     add("--markdown", action="store_true", help="print the table as Markdown")
-    add("--save-images", type=count, metavar="N", help="save N images, clean and under PGD, in "
-        "images.pt, and draw the sheet")
+    add("--save-images", type=count, metavar="N", help="save N images, clean and under PGD")
     add("--steps", type=count, default=50, help="of PGD")
     add("--restarts", type=count, default=10, help="of PGD")
     add("--alpha", type=common.over_255, help="step size of PGD, in units of 1/255; None: eps/4")
-    add("--start", choices=["uniform", "zero"], default="uniform",
-        help="of PGD: random points, or once the image itself")
+    add("--start", choices=["uniform", "zero"], default="uniform", help="of PGD; zero: the image")
     add("--apgd-steps", type=count, default=100, help="of each attack in AutoAttack-lite")
     add("--queries", type=count, default=5000, help="of Square and RayS, per image")
     add("--eps", type=common.over_255, help="in units of 1/255; None: as in training, else 8")
@@ -69,21 +63,20 @@ def parse_args(argv=None):
     add("--arch", choices=common.ARCHS, metavar="NAME", help="of a state dict from elsewhere")
     add("--width", type=count, help="of that architecture; None: the usual one")
     add("--activation", choices=common.ACTIVATIONS, default="relu", help="of that architecture")
-    add("--mean", type=number(float, 0), nargs=3, help="of its normalisation, for images in [0, 1]")
+    add("--mean", type=number(float, 0), nargs=3, help="its normalisation, for images in [0, 1]")
     add("--std", type=number(float, 1e-6), nargs=3, help="None: what the state dict holds, if any")
-    add("--dataset", help="None: as in training")
+    add("--dataset", type=common.dataset_name, help="None: as in training")
     add("--data-dir", metavar="DIR", help="None: as in training, else data")
     add("--image-size", type=number(int, 32, 4096), help="None: as in training")
     add("--seed", type=number(int, 0), default=0, help="of the choice of images and the noise")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="to compute on")
     add("--out", metavar="DIR", help="result folder; None: the next free runs/evaluation-N")
     args = parser.parse_args(argv)
-    if (args.mean is None) != (args.std is None):
-        parser.error("--mean and --std go together")
-    if max([*(args.mean or []), *(args.std or [])], default=0) > 1.5:
-        parser.error("--mean and --std are those of images in [0, 1]: divide by 255")
-    if args.checklist:
-        args.attack = [*args.attack, "pgd", "lite", "square"]
+    if bool(args.mean) != bool(args.std) or args.mean and max(args.mean + args.std) > 1.5:
+        parser.error("--mean and --std go together, for images in [0, 1]: else divide by 255")
+    if args.out and Path(args.out, "result.json").exists():
+        parser.error(f"{args.out} holds a result: choose another --out")
+    args.attack += ["pgd", "lite", "square"] if args.checklist else []
     args.restarts = 1 if args.start == "zero" else args.restarts
     args.plots = list(PLOTS) if args.plots == [] else args.plots or []
     args.plots += ["sheet"] if args.save_images and "sheet" not in args.plots else []
@@ -92,98 +85,118 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------- checkpoints
+class Checkpoint:
+    """A network, and the test images x uint8 N x 3 x H x W and labels y that it is evaluated on."""
 
-class Checkpoint(NamedTuple):
-    """A model, and the test images x uint8 N x 3 x H x W and labels y that it is evaluated on."""
-    path: str
-    model: torch.nn.Module
-    about: dict  # dataset, arch, normalisation; of our own also args, epoch, rows
-    classes: list
-    x: torch.Tensor
-    y: torch.Tensor
-    eps: float  # for images in [0, 1]
-    norm: str
+    def __init__(self, path, args):
+        content = common.load(path, args.device)
+        self.ours = isinstance(content, dict) and "options" in content
+        content = content if self.ours else convert_foreign(content, path, args)
+        self.path, self.args, self.trained = path, args, content["args"]
+        self.epoch, self.log = content["epoch"], content["rows"]
+        dataset = args.dataset or common.dataset_name(self.trained["dataset"])
+        data_dir, size = self.trained["data_dir"], args.image_size or self.trained["image_size"]
+        if self.ours and dataset not in common.DATASETS:
+            size = size or content["options"]["size"]
+        self.x, self.y, self.classes = test_images(dataset, args.data_dir or (
+            data_dir if Path(data_dir).is_dir() else "data"), size, args.device)
+        self.model = model = load_network(content, path, self.classes).to(args.device)
+        self.norm = args.norm or self.trained["norm"]
+        self.eps = self.trained["eps"] if args.eps is None else args.eps  # for images in [0, 1]
+        if args.eps is None and self.norm != self.trained["norm"]:
+            common.fail(f"{path} was not trained for the norm {self.norm}: add --eps")
+        self.about = dict(checkpoint=path, dataset=Path(dataset).name, arch=model.options["arch"],
+                          normalisation=content.get("normalisation", "of the run"))
+        self.name = "/".join(Path(path).with_suffix("").parts[-2:])  # in plots, and over epochs:
+        self.run = Path(self.name).parent.name + " (average)" * ("/swa_" in self.name) or self.name
+        if args.n_examples:
+            vars(self).update(vars(self.choose(args.n_examples)))
 
-    @property
-    def name(self):
-        """Its folder and file, in short lines for plots; $ would begin a formula there."""
-        name = "/".join(Path(self.path).with_suffix("").parts[-2:])
-        return "\n".join(textwrap.wrap(name, 26)).replace("$", r"\$")
+    def noise(self, restart=0):
+        return torch.Generator(self.args.device).manual_seed(self.args.seed + restart)
 
-    def choose(self, n, seed):
+    def take(self, index):
+        """The same with the images of these indices."""
+        few = copy.copy(self)
+        few.x, few.y = self.x[index.to(self.x.device)], self.y[index.to(self.y.device)]
+        return few
+
+    def choose(self, n):
         """The same with n of its images, chosen at random."""
-        order = torch.randperm(len(self.y), generator=torch.Generator().manual_seed(seed))
-        index = order[:n].to(self.y.device)
-        return self._replace(x=common.take(self.x, index), y=self.y[index])
+        generator = torch.Generator().manual_seed(self.args.seed)
+        return self.take(torch.randperm(len(self.y), generator=generator)[:n])
 
-    def batches(self, args, index=None):
-        """Its images with these indices, in parts that are small enough for gradients: the indices,
-        x float in [0, 1], y."""
-        index = torch.arange(len(self.y), device=self.y.device) if index is None else index
-        size = args.batch_size or max(1, 64 * 32**2 // self.x[0, 0].numel())
-        for part in common.progress(index.split(size), f"{self.path}, batch") if len(index) else ():
-            yield part, common.take(self.x, part).float() / 255, self.y[part]
+    def batches(self, mask=None):
+        """Yields, in parts small enough for gradients, the images in the mask (None: all) and the
+        model for evaluation: model, indices, x float in [0, 1], y."""
+        index = (torch.ones_like(self.y) if mask is None else mask).nonzero()[:, 0]
+        size = self.args.batch_size or max(1, 64 * 32**2 // self.x[0, 0].numel())
+        with common.exact(self.model) as model:
+            for part in common.progress(index.split(size), f"{self.path}, batch"):
+                few = self.take(part)
+                yield model, part, few.x.to(part.device) / 255, few.y
+
+    def withstand(self, attacks, label):
+        """Which images are classified correctly without an attack and after each attack, bool N."""
+        return common.still_correct(self.model, self.x, self.y, lambda model, x, y: x, *attacks,
+                                    batch_size=self.args.batch_size, label=f"{self.path}, {label}")
+
+    def pgd(self, eps, alpha, steps, **options):
+        """PGD with one restart: a function of model, x and y."""
+        return functools.partial(common.pgd_attack, eps=eps, alpha=alpha, steps=steps,
+                                 norm=self.norm, **dict(generator=self.noise()) | options)
+
+    def attacked(self, steps):
+        """x, y, x_adv under PGD, logits and logits_adv of all its images."""
+        attack, parts = self.pgd(self.eps, self.eps / 4, steps), []
+        for model, _, x, y in self.batches():
+            x_adv = attack(model, x, y)
+            with torch.no_grad():
+                parts.append((x, y, x_adv, model(x), model(x_adv)))
+        return [torch.cat(part) for part in zip(*parts)]
+
+    def by_eps(self, radii):
+        """The accuracy in % under PGD-20 for each of some growing eps."""
+        mask = True
+        return [percent(mask := mask & self.withstand([self.pgd(eps, eps / 4, 20)], "PGD-20"))
+                for eps in radii]
 
 
 @functools.cache
 def test_images(dataset, data_dir, image_size, device):
-    """A data set's test images x uint8, labels y and class names. The training images of a folder
-    are neither needed nor decoded."""
-    args = argparse.Namespace(dataset=dataset, data_dir=data_dir, image_size=image_size, val_size=1,
-                              train_size=None, test_size=None, label_noise=0, no_flip=True,
-                              device=device)
-    if dataset == "shapes" or dataset in common.ARCHIVES:
+    """A data set's test images x uint8, labels and class names. Of a folder it decodes no more."""
+    args = Namespace(dataset=dataset, data_dir=data_dir, image_size=image_size, device=device,
+                     val_size=1, train_size=None, test_size=None, no_flip=True)
+    if dataset in common.DATASETS and dataset != "tiny-imagenet":
         data = common.load_data(args)
         return *data.test, data.classes
-    tiny = Path(data_dir, "tiny-imagenet-200")
-    _, test, classes = common.list_folder(tiny if dataset == "tiny-imagenet" else dataset)
-    paths, labels = zip(*test)
+    _, (paths, labels), classes = common.list_folder(dataset, data_dir)
     return common.decode(paths, args), torch.tensor(labels, device=device), classes
 
 
-def load_checkpoint(path, args):
-    """Loads a network, and the test images of its data set."""
-    content = common.load(path, args.device)
-    ours = isinstance(content, dict) and "options" in content
-    if not ours and not (args.arch and args.dataset):
-        common.fail(f"{path} is not a checkpoint of these scripts: add --arch and --dataset")
-    trained = content["args"] if ours else dict(norm="linf", eps=8 / 255, data_dir="data",
-                                                image_size=None)
-    dataset = common.find_dataset(args.dataset or trained["dataset"])
-    data_dir = trained["data_dir"] if Path(trained["data_dir"]).is_dir() else "data"
-    size = args.image_size or trained["image_size"]
-    if ours and dataset not in common.DATASETS:
-        size = size or content["options"]["size"]
-    x, y, classes = test_images(dataset, args.data_dir or data_dir, size, args.device)
-    content = content if ours else convert_foreign(content, path, args, classes)
-    model = common.Classifier(**content["options"]).to(args.device).eval()
-    if hasattr(model, "bn") and "bn.weight" not in content["model"]:
-        # RobustBench's PreActResNets without a final BatchNorm have no activation there, either.
-        model.bn = model.activation = torch.nn.Identity()
-    common.load_weights(model, content["model"], path)
+def load_network(content, path, classes):
+    """The network of a checkpoint, its outputs in the order of the data set's classes."""
+    weights, known = content["model"], content["classes"]
+    model = common.Classifier(**content["options"])
+    if hasattr(model, "bn") and "bn.weight" not in weights:  # as in RobustBench's PreActResNet-18,
+        model.bn = model.activation = torch.nn.Identity()  # which has no activation there, either
+    own = model.state_dict()
+    for name in own | weights:
+        here, there = (tuple(d[name].shape) if name in d else "missing" for d in (own, weights))
+        if here != there and not name.endswith("num_batches_tracked"):  # missing in old files
+            common.fail(f"{path} does not fit the network: {name} is {there} instead of {here}")
+    model.load_state_dict(own | weights)
     model.mean, model.std = content["mean"], content["std"]
-    match_classes(model, content["classes"], classes, path)
-    norm, eps = args.norm or trained["norm"], trained["eps"] if args.eps is None else args.eps
-    if args.eps is None and norm != trained["norm"]:
-        common.fail(f"{path} was not trained for the norm {norm}: add --eps")
-    about = {"normalisation": "of the run"} | content | dict(dataset=Path(dataset).name,
-                                                             arch=content["options"]["arch"])
-    checkpoint = Checkpoint(path, model, about, classes, x, y, eps, norm)
-    return checkpoint.choose(args.n_examples, args.seed) if args.n_examples else checkpoint
-
-
-def match_classes(model, known, classes, path):
-    """Puts the outputs of a model, which stand for the `known` classes, in the order of the data
-    set's classes. Warns if their names differ."""
-    if len(known) != len(classes):
-        common.fail(f"{path} knows {len(known)} classes, and the data set has {len(classes)}")
-    if known != classes and sorted(known) == sorted(classes):
+    if model.options["classes"] != len(classes):
+        common.fail(f"{path} knows {model.options['classes']} classes, the data set {len(classes)}")
+    if known and known != classes and sorted(known) == sorted(classes):
         order, last = [known.index(name) for name in classes], list(model.children())[-1]
         last.weight.data, last.bias.data = last.weight.data[order], last.bias.data[order]
         print(f"{path}: the data set has the same classes in another order: matched by name")
-    elif known != classes:
+    elif known and known != classes:
         here, there = next((a, b) for a, b in zip(known, classes) if a != b)
         print(f"warning: {path} knows other classes than the data set: {here} instead of {there}")
+    return model.eval()
 
 
 def tensors_in(content, place=""):
@@ -195,11 +208,13 @@ def tensors_in(content, place=""):
             for name, tensor in tensors_in(part, f"{place}.{key}".strip(".")).items()}
 
 
-def convert_foreign(content, path, args, classes):
+def convert_foreign(content, path, args):
     """A checkpoint of another repository in the form of ours. Parameters are matched by name, and
     the normalisation is what it holds: nothing is guessed."""
-    tensors = {name: tensor for name, tensor in tensors_in(content).items()
-               if not re.search(r"(^|\.)(attacker|sub_block1|model_preact)", name)}  # are copies
+    if not args.arch or not args.dataset:
+        common.fail(f"{path} is not a checkpoint of these scripts: add --arch and --dataset")
+    copies = re.compile(r"(^|\.)(attacker|sub_block1|model_preact)")
+    tensors = {name: part for name, part in tensors_in(content).items() if not copies.search(name)}
     first = re.compile(r"(.*\.|)(conv1|features\.0)\.weight")  # one in a network is for RGB images
     prefixes = [first.fullmatch(name)[1] for name, tensor in tensors.items()
                 if first.fullmatch(name) and tensor.shape[1] == 3]
@@ -207,40 +222,112 @@ def convert_foreign(content, path, args, classes):
     if len(best) != 1:
         common.fail(f"{path} holds several networks, {', '.join(prefixes)}: save one alone" if best
                     else f"{path} does not fit the network: conv1.weight is missing")
-    if len(prefixes) > 1:
-        print(f"{path} holds the networks {', '.join(prefixes)}: taking {best[0]}")
-    weights, held, place = {}, {}, best[0].split(".")[0] if len(prefixes) > 1 else ""
+    prefix, place = best[0], best[0].split(".")[0] if len(prefixes) > 1 else ""
+    if place:
+        print(f"{path} holds the networks {', '.join(prefixes)}: taking {prefix}")
+    weights, held, renamed = {}, {}, {  # from TRADES and torchvision
+        r"^block(\d)\.layer\.": r"layer\1.", "convShortcut": "shortcut.0", r"^fc\.": "linear.",
+        "downsample": "shortcut"}
+    renamed |= {r"^bn1\.": "bn."} if "preact" in common.ARCHS[args.arch] else {}
     for name, tensor in tensors.items():
         last = name.split(".")[-1].removeprefix("new_")
-        if last in ("mean", "mu", "std", "sigma") and name.startswith(place) and tensor.numel() == 3:
-            held["mean" if last in ("mean", "mu") else "std"] = tensor.flatten().tolist()
-        elif name.startswith(best[0]):  # to the names of CIFAR ResNets from those of TRADES' ...
-            name = re.sub(r"^block(\d)\.layer\.", r"layer\1.", name.removeprefix(best[0]))
-            name = re.sub(r"^fc\.", "linear.", name.replace("convShortcut", "shortcut.0"))
-            name = re.sub(r"^bn1\.", "bn.", name) if "preact" in common.ARCHS[args.arch] else name
-            name = name.replace("downsample", "shortcut")  # ... and torchvision's
+        kind = dict(mean="mean", mu="mean", std="std", sigma="std").get(last)
+        if kind and tensor.numel() == 3 and name.startswith(place):
+            held[kind] = tensor.flatten().tolist()
+        elif name.startswith(prefix):
+            name = name.removeprefix(prefix)
+            for pattern, ours in renamed.items():
+                name = re.sub(pattern, ours, name)
             weights[name] = tensor.float() if tensor.is_floating_point() else tensor
-    for name in [name for name in weights if name.endswith(".running_var")]:  # in old files
-        weights.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
     mean, std, normalisation = [0.0] * 3, [1.0] * 3, "none"
     if args.mean:
         mean, std, normalisation = args.mean, args.std, "as given"
     elif len(held) == 2:
         mean, std, normalisation = held["mean"], held["std"], "of the checkpoint"
-    mean, std = torch.tensor([mean, std], device=args.device).view(2, 3, 1, 1)
+    mean, std = torch.tensor([mean, std]).view(2, 3, 1, 1)
     large = "conv1.weight" in weights and weights["conv1.weight"].shape[-1] == 7  # ImageNet's stem
-    return dict(model=weights, mean=mean, std=std, normalisation=normalisation, classes=classes,
-                options=dict(arch=args.arch, classes=len(classes), width=args.width,
-                             activation=args.activation, size=224 if large else 32))
+    bias = weights.get("linear.bias", weights.get("classifier.bias", mean))
+    options = dict(arch=args.arch, classes=len(bias), width=args.width, activation=args.activation,
+                   size=224 if large else 32)
+    trained = dict(dataset=args.dataset, data_dir="data", image_size=None, eps=8 / 255, norm="linf")
+    return dict(model=weights, mean=mean, std=std, options=options, classes=None, args=trained,
+                epoch=0, rows=[], normalisation=normalisation)
 
 
-# ----------------------------------------------------------------------------------- more attacks
-
+# ----------------------------------------------------------------------------------------- attacks
 def margin(logits, y, reduction="none"):
     """The margin of Carlini & Wagner, N: the highest wrong logit minus the true one."""
     true = F.one_hot(y, logits.shape[1]).bool()
     difference = logits.masked_fill(true, -math.inf).amax(1) - logits[true]
     return difference.sum() if reduction == "sum" else difference
+
+
+def apgd_attack(model, x, y, eps, steps=100, *, norm="linf", target=None, generator=None):
+    """Auto-PGD (Croce & Hein 2020, Algorithm 1): gradient ascent with momentum and a step size that
+    adapts to each image, on cross-entropy or, given target classes, on the targeted DLR loss
+    -(z_y - z_target) / (z_1 - (z_3 + z_4) / 2), with the logits sorted as z_1 >= z_2 >= ... Returns
+    x_adv: the first point that fooled the model, else the best."""
+    def look(point):
+        """The loss at `point`, its gradient, and whether the model is fooled there."""
+        point = point.detach().requires_grad_()
+        logits = model(point)
+        loss = F.cross_entropy(logits, y if target is None else target, reduction="none")
+        if target is not None:
+            loss = -loss  # what remains if there are too few classes for DLR
+            if logits.shape[1] > 3:
+                z_y, z_target = (logits.gather(1, label[:, None])[:, 0] for label in (y, target))
+                z_1, _, z_3, z_4 = logits.topk(4).values.T
+                loss = (z_target - z_y) / (z_1 - (z_3 + z_4) / 2).clamp(min=1e-12)
+        gradient, = torch.autograd.grad(loss.sum(), point)
+        return loss.detach().view(column), gradient, (logits.argmax(1) != y).view(column)
+
+    where, column = torch.where, (-1, 1, 1, 1)  # a number for each image
+    checkpoints, part, gap, last_check = set(), 0.22, 0.22, 0
+    while part <= 1:  # when to reconsider the step size
+        checkpoints.add(math.ceil(part * steps - 1e-9))
+        gap = max(gap - 0.03, 0.06)
+        part += gap
+    with attacking(model, x):
+        point = previous = best = x_adv = random_start(x, eps, norm, generator)
+        loss, gradient, fooled = look(point)
+        best_loss, best_gradient, checked_loss = loss, gradient, loss
+        size, halved, rises = torch.full_like(loss, 2 * eps), loss == loss, torch.zeros_like(loss)
+        for k in range(steps):
+            if fooled.all():
+                break
+            if k in checkpoints:
+                too_few_rises = rises < 0.75 * (k - last_check)
+                no_progress = ~halved & (best_loss <= checked_loss)
+                halved = too_few_rises | no_progress  # and back to the best point
+                size, point = where(halved, size / 2, size), where(halved, best, point)
+                gradient = where(halved, best_gradient, gradient)
+                loss, checked_loss = where(halved, best_loss, loss), best_loss
+                rises, last_check = torch.zeros_like(rises), k
+            z = step(point, gradient, x, eps, size, norm)
+            if k:
+                z = project(point.lerp(z, 0.75) + 0.25 * (point - previous), x, eps, norm)
+            previous, point, loss_before = point, z, loss
+            loss, gradient, fooled_now = look(point)
+            x_adv, fooled = where(fooled_now & ~fooled, point, x_adv), fooled | fooled_now
+            rises, better = rises + (loss > loss_before), loss > best_loss
+            best, best_loss = where(better, point, best), where(better, loss, best_loss)
+            best_gradient = where(better, gradient, best_gradient)
+    return where(fooled, x_adv, best)
+
+
+def autoattack_lite(model, x, y, eps, *, norm="linf", steps=100, generator=None):
+    """The white-box half of AutoAttack (Croce & Hein 2020) without FAB: Auto-PGD on cross-entropy,
+    then on the DLR loss targeted at each of the 9 likeliest wrong classes."""
+    with attacking(model, x), torch.no_grad():
+        likely = model(x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
+    x_adv, left = x.detach().clone(), torch.arange(len(x), device=x.device)
+    for target in (None, *likely[:, :-1].T[:9]):
+        with attacking(model, x), torch.no_grad():
+            left = left[model(x_adv[left]).argmax(1) == y[left]]
+        if len(left):
+            x_adv[left] = apgd_attack(model, x[left], y[left], eps, steps, norm=norm, generator=
+                                      generator, target=None if target is None else target[left])
+    return x_adv
 
 
 def eta(size):
@@ -262,27 +349,20 @@ def square(model, x, y, eps, *, norm="linf", queries=5000, generator=None):
     def sign(*size):
         return torch.where(uniform(len(x), x.shape[1], *size) < 0.5, -1.0, 1.0)
 
-    def place(size):
+    def window(size):
         row, column = (int(uniform(1) * (whole - size + 1)) for whole in x.shape[2:])
-        return (slice(None), slice(None), slice(row, row + size), slice(column, column + size))
-
-    def energy(delta):
-        return delta.square().sum((2, 3), keepdim=True)  # of each channel
-
-    def on_sphere(delta):
-        return delta * eps / common.l2_norm(delta).clamp(min=1e-12)
+        return ..., slice(row, row + size), slice(column, column + size)
 
     x_adv, index, side = x.clone(), torch.arange(len(x), device=x.device), min(x.shape[2:])
-    with common.attacking(model, x), torch.no_grad():
+    with attacking(model, x), torch.no_grad():
         if norm == "linf":
             delta = eps * sign(1, x.shape[3])  # stripes
         else:
-            tile = max(side // 5, 3)
+            delta, tile = torch.zeros_like(x), max(side // 5, 3)
             tiles = [whole // tile for whole in x.shape[2:]]
             signs = sign(*tiles).repeat_interleave(tile, 2).repeat_interleave(tile, 3)
-            delta = torch.zeros_like(x)
-            delta[:, :, :signs.shape[2], :signs.shape[3]] = eta(tile).to(x).repeat(tiles) * signs
-            delta = on_sphere(delta)
+            delta[..., :signs.shape[2], :signs.shape[3]] = eta(tile).to(x).repeat(tiles) * signs
+            delta = eps * F.normalize(delta, dim=(1, 2, 3))
         point = (x + delta).clamp(0, 1)
         best = margin(model(point), y)
         for query in range(1, queries):
@@ -296,19 +376,19 @@ def square(model, x, y, eps, *, norm="linf", queries=5000, generator=None):
             size = round((0.8 * 0.5 ** halvings * x.shape[2] * x.shape[3]) ** 0.5)
             delta = point - x
             if norm == "linf":
-                delta[place(min(max(size, 1), side - 1))] = eps * sign(1, 1)
-            else:  # moves the perturbation of one square into another, with what clipping has spared
+                delta[window(min(max(size, 1), side - 1))] = eps * sign(1, 1)
+            else:  # moves one square's perturbation into another, with what clipping has spared
                 size = min(max(size, 3) | 1, side - 1)
-                window, other = place(size), place(size)
-                old, before = delta[window].clone(), energy(delta)
-                spare = (eps ** 2 - before.sum(1, keepdim=True)).clamp(min=0) / x.shape[1]
-                delta[window] = delta[other] = 0
+                here, there = window(size), window(size)
+                old, energy = delta[here].clone(), delta.square().sum((2, 3), keepdim=True)
+                spare = (eps ** 2 - energy.sum(1, keepdim=True)).clamp(min=0) / x.shape[1]
+                delta[here] = delta[there] = 0
+                moved = energy - delta.square().sum((2, 3), keepdim=True)
                 pattern = eta(size).to(x.device)
                 new = (pattern if uniform(1) < 0.5 else pattern.T) * sign(1, 1)
-                new = new + old / energy(old).sqrt().clamp(min=1e-12)
-                new = new / energy(new).sqrt().clamp(min=1e-12)
-                delta[window] = new * (spare + before - energy(delta)).clamp(min=0).sqrt()
-                delta = on_sphere(delta)
+                new = F.normalize(new + F.normalize(old, dim=(2, 3)), dim=(2, 3))
+                delta[here] = new * (spare + moved).clamp(min=0).sqrt()
+                delta = eps * F.normalize(delta, dim=(1, 2, 3))
             new = (x + delta).clamp(0, 1)
             value = margin(model(new), y)
             point = torch.where((value > best).view(-1, 1, 1, 1), new, point)
@@ -324,10 +404,10 @@ def cw_l2(model, x, y, *, constant=0.1, steps=100, lr=0.01):
     w = torch.atanh((2 * x - 1) * 0.999999).requires_grad_()  # x_adv = (tanh(w) + 1) / 2
     optimizer = torch.optim.Adam([w], lr)
     x_adv, nearest = x.clone(), torch.full_like(x[:, :1, :1, :1], math.inf)
-    with common.attacking(model, x):
+    with attacking(model, x):
         for _ in range(steps):
             point = (w.tanh() + 1) / 2
-            ahead, distance = margin(model(point), y), common.l2_norm(point - x).detach()
+            ahead, distance = margin(model(point), y), l2_norm(point - x).detach()
             closer = (ahead > 0).view_as(distance) & (distance < nearest)
             nearest = torch.where(closer, distance, nearest)
             x_adv = torch.where(closer, point.detach(), x_adv)
@@ -348,7 +428,7 @@ def rays(model, x, y, *, queries=5000):
     n, size = len(x), x[0].numel()
     signs, radius = x.new_ones(n, size), x.new_full((n,), math.inf)
     used, level, block = torch.zeros(n, device=x.device), 0, 0
-    with common.attacking(model, x), torch.no_grad():
+    with attacking(model, x), torch.no_grad():
         while len(index := (used < queries).nonzero()[:, 0]):
             width = max(1, math.ceil(size / 2 ** level))
             trial = signs.clone()
@@ -371,33 +451,27 @@ def rays(model, x, y, *, queries=5000):
     return torch.where(radius < math.inf, x + radius * signs.view_as(x), x).clamp(0, 1)
 
 
-# -------------------------------------------------------------------------------------- the table
-
-def noise(args, restart=0):
-    return torch.Generator(args.device).manual_seed(args.seed + restart)
-
-
-def attacks(checkpoint, args, surrogates):
-    """The attacks within eps that args ask for: name -> (column, list of attack(model, x, y) ->
+# --------------------------------------------------------------------------------------- the table
+def attacks(checkpoint, surrogates):
+    """The attacks within eps that are asked for: name -> (column, list of attack(model, x, y) ->
     x_adv). Each has noise of its own, so that it does not matter which others there are."""
-    def pgd(restarts=args.restarts, loss=F.cross_entropy):
-        return [partial(common.pgd_attack, eps=eps, alpha=alpha, steps=args.steps, start=args.start,
-                        norm=norm, loss=loss, generator=noise(args, i)) for i in range(restarts)]
-
-    def transfer(model, x, y, surrogate, attack):
+    def transfer(model, x, y, surrogate):
         with common.exact(surrogate.model) as source:
-            return attack(source, x, y)
+            return pgd()(source, x, y)
 
-    partial, eps, norm = functools.partial, checkpoint.eps, checkpoint.norm
-    alpha, title = eps / 4 if args.alpha is None else args.alpha, f"PGD-{args.steps}-{args.restarts}"
-    named = {"pgd": (title, pgd()),
-             "margin": (f"margin-{title}", pgd(loss=margin)),
-             "lite": ("AA-lite", [partial(common.autoattack_lite, eps=eps, norm=norm,
-                                          steps=args.apgd_steps, generator=noise(args))]),
+    args, noise, partial = checkpoint.args, checkpoint.noise, functools.partial
+    eps, norm, pgd_name = checkpoint.eps, checkpoint.norm, f"PGD-{args.steps}-{args.restarts}"
+    pgd = partial(checkpoint.pgd, eps, eps / 4 if args.alpha is None else args.alpha, args.steps,
+                  start=args.start)
+    found = {"pgd": (pgd_name, [pgd(generator=noise(i)) for i in range(args.restarts)]),
+             "margin": (f"margin-{pgd_name}", [pgd(generator=noise(i), loss=margin)
+                                               for i in range(args.restarts)]),
+             "lite": ("AA-lite", [partial(autoattack_lite, eps=eps, norm=norm,
+                                          steps=args.apgd_steps, generator=noise())]),
              "square": (f"Square-{args.queries}", [partial(
-                 square, eps=eps, norm=norm, queries=args.queries, generator=noise(args))])}
-    return {name: named[name] for name in named if name in args.attack} | {
-        f"transfer {i}": (f"transfer {i}", [partial(transfer, surrogate=surrogate, attack=pgd(1)[0])])
+                 square, eps=eps, norm=norm, queries=args.queries, generator=noise())])}
+    return {name: found[name] for name in found if name in args.attack} | {
+        f"transfer {i}": (f"transfer {i}", [partial(transfer, surrogate=surrogate)])
         for i, surrogate in enumerate(surrogates, 1)}
 
 
@@ -405,122 +479,92 @@ def percent(mask):
     return 100 * mask.sum().item() / len(mask)
 
 
-def withstand(checkpoint, args, attacks, label):
-    """Which images are classified correctly without an attack and after each attack, bool N."""
-    return common.still_correct(checkpoint.model, checkpoint.x, checkpoint.y, lambda model, x, y: x,
-                                *attacks, batch_size=args.batch_size,
-                                label=f"{checkpoint.path}, {label}")
-
-
-def distance_to_fool(checkpoint, args, attack, order, correct):
+def distance_to_fool(checkpoint, attack, order, correct):
     """How far an attack without eps moves each image to fool the model, in a norm of this order, N:
     0 where it is not `correct` without an attack, infinity where the attack fails."""
     distance = torch.zeros(len(correct), device=correct.device)
-    with common.exact(checkpoint.model) as model:
-        mine = correct.nonzero()[common.RANK::common.WORLD, 0]
-        for index, x, y in checkpoint.batches(args, mine):
-            x_adv = attack(model, x, y)
-            with torch.no_grad():
-                fooled = model(x_adv).argmax(1) != y
-            moved = (x_adv - x).flatten(1).norm(order, dim=1)
-            distance[index] = moved.masked_fill(~fooled, math.inf)
-    if common.WORLD > 1:
-        dist.all_reduce(distance)
+    for model, index, x, y in checkpoint.batches(correct):
+        x_adv = attack(model, x, y)
+        with torch.no_grad():
+            fooled = model(x_adv).argmax(1) != y
+        moved = torch.linalg.vector_norm(x_adv - x, order, dim=(1, 2, 3))
+        distance[index] = moved.masked_fill(~fooled, math.inf)
     return distance
 
 
-def inspect(checkpoint, args):
-    """Two percentages: of the input gradient, what is exactly 0, so that attacks cannot follow it;
-    and of the images, those that get the most frequent prediction."""
-    zeros, predicted = 0, 0
-    with common.exact(checkpoint.model) as model:
-        for _, x, y in checkpoint.batches(args):
-            logits = model(x.requires_grad_())
-            gradient, = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x)
-            if not gradient.isfinite().all():
-                common.fail(f"{checkpoint.path}: the input gradients are not finite")
-            zeros += (~(gradient.abs() > 0)).float().mean((1, 2, 3)).sum().item()
-            predicted += logits.argmax(1).bincount(minlength=logits.shape[1])
-    return 100 * zeros / len(checkpoint.y), 100 * predicted.max().item() / len(checkpoint.y)
+def inspect(checkpoint, clean):
+    """How much of the input gradient is exactly 0, in %, so that attacks cannot follow it. Warns of
+    what makes the figures of this checkpoint doubtful."""
+    zeros, predicted, n, classes = 0, 0, len(checkpoint.y), len(checkpoint.classes)
+    for model, _, x, y in checkpoint.batches():
+        logits = model(x.requires_grad_())
+        gradient, = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x)
+        if not gradient.isfinite().all():
+            common.fail(f"{checkpoint.path}: the input gradients are not finite")
+        zeros += 100 * (~(gradient.abs() > 0)).float().mean((1, 2, 3)).sum().item() / n
+        predicted += 100 * logits.argmax(1).bincount(minlength=classes) / n
+    start, most = f"warning: {checkpoint.path}", max(checkpoint.y.bincount())
+    if not checkpoint.ours and clean < min(200 / classes, 75):
+        print(f"{start}: only {clean:.1f} % are right. Usual causes: the normalisation (--mean, "
+              "--std), the order of the classes, the block (preactresnet18 or preactresnet18-v2)")
+    elif clean <= 120 / classes or predicted.max() >= 95 and most < 1.5 * n / classes:
+        print(f"{start}: {clean:.1f} % are right, and by chance {100 / classes:.1f} % would be; "
+              f"{predicted.max():.0f} % of the images get the same prediction")
+    if zeros > 1:
+        print(f"{start}: {zeros:.1f} % of the input gradients are exactly 0, which attacks follow")
+    return zeros
 
 
-def evaluate(checkpoint, args, surrogates):
+def evaluate(checkpoint, surrogates):
     """A row of the table, a dict, and by attack which images withstand it within eps, bool N."""
     def mean(distance):  # None where nothing was fooled
         distance = distance[distance < math.inf]
         return 255 * distance.mean().item() if len(distance) else None
 
-    start, about = time.perf_counter(), checkpoint.about
-    kept = {"clean": (correct := withstand(checkpoint, args, [], "clean"))}
-    zeros, most_frequent = inspect(checkpoint, args)
-    row = {name: about[name] for name in ("dataset", "arch", "normalisation")}
-    row = {"checkpoint": checkpoint.path} | row | {"n": len(checkpoint.y), "eps": checkpoint.eps * 255,
-                                                   "norm": checkpoint.norm, "clean %": percent(correct)}
-    for name, (column, parts) in attacks(checkpoint, args, surrogates).items():
-        kept[name] = withstand(checkpoint, args, parts, column)
+    start, args = time.perf_counter(), checkpoint.args
+    correct = checkpoint.withstand([], "clean")
+    kept, row = {"clean": correct}, checkpoint.about | {
+        "n": len(correct), "eps": 255 * checkpoint.eps, "norm": checkpoint.norm,
+        "clean %": percent(correct)}
+    zeros = inspect(checkpoint, row["clean %"])
+    for name, (column, parts) in attacks(checkpoint, surrogates).items():
+        kept[name] = checkpoint.withstand(parts, column)
         row[f"{column} %"] = percent(kept[name])
     if "cw" in args.attack:
-        distance = distance_to_fool(checkpoint, args, cw_l2, 2, correct)
-        row |= {"CW-L2 %": percent(distance == math.inf), "CW-L2 distance": mean(distance[correct])}
+        distance = distance_to_fool(checkpoint, cw_l2, 2, correct)
+        row |= {"CW-L2 %": percent(distance == math.inf), "CW-L2 mean distance": mean(distance[correct])}
     if "rays" in args.attack:
         attack = functools.partial(rays, queries=args.queries)
-        distance = distance_to_fool(checkpoint, args, attack, math.inf, correct)
+        distance = distance_to_fool(checkpoint, attack, math.inf, correct)
         row["ADBD"] = mean(distance)
         if checkpoint.norm == "linf":
             kept["rays"] = distance > checkpoint.eps
             row[f"RayS-{args.queries} %"] = percent(kept["rays"])
-    if len(kept) > 2:
-        row["worst case %"] = percent(worst_case(kept))
-    row |= {"zero gradients %": zeros, "seconds": time.perf_counter() - start}
-    warn(checkpoint, row, most_frequent)
-    return row, kept
-
-
-def worst_case(kept):
-    return torch.stack(list(kept.values())).all(0)
-
-
-def warn(checkpoint, row, most_frequent):
-    """Prints what makes the figures of a row doubtful."""
-    start, classes, clean = f"warning: {checkpoint.path}:", len(checkpoint.classes), row["clean %"]
-    balanced = checkpoint.y.bincount().max() <= 1.5 * len(checkpoint.y) / classes
-    if "args" not in checkpoint.about and clean < min(200 / classes, 75):
-        print(f"{start} only {clean:.1f} % are right. The usual causes: the normalisation (--mean, "
-              "--std), the order of the classes, the variant of the blocks (--arch preactresnet18 or "
-              "preactresnet18-v2)")
-    elif clean <= 120 / classes or balanced and most_frequent >= 95:
-        print(f"{start} {clean:.1f} % are right, {100 / classes:.1f} % by chance; "
-              f"{most_frequent:.0f} % of the images get the same prediction")
-    if row["zero gradients %"] > 1:
-        print(f"{start} {row['zero gradients %']:.1f} % of the input gradients are exactly 0: "
-              "gradient-based attacks may fail because of that")
-    if classes < 4 and "AA-lite %" in row:
-        print(f"{start} DLR needs 4 classes, so AA-lite used cross-entropy")
+    kept["worst case"] = torch.stack(list(kept.values())).all(0)
+    if len(kept) > 3:
+        row["worst case %"] = percent(kept["worst case"])
+    return row | {"zero gradients %": zeros, "seconds": time.perf_counter() - start}, kept
 
 
 def same_but_seed(checkpoints):
-    """The indices of the checkpoints, in lists of those that differ in nothing but the seed."""
-    groups, free = {}, ("seed", "out", "data_dir", "device", "resume", "keep_epochs", "processes")
-    for i, checkpoint in enumerate(checkpoints):
-        settings = checkpoint.about.get("args", dict(path=checkpoint.path))
+    """The checkpoints, in lists of those whose runs differ in nothing but the seed."""
+    groups, free = {}, ("seed", "out", "data_dir", "device", "resume", "keep_epochs")
+    for checkpoint in checkpoints:
         key = [re.sub(r"seed\d+", "", f"{name} {value}")  # as in the path of a teacher
-               for name, value in sorted(settings.items()) if name not in free]
-        groups.setdefault((Path(checkpoint.path).name, *key), []).append(i)
+               for name, value in sorted(checkpoint.trained.items()) if name not in free]
+        key = [Path(checkpoint.path).name, *key] if checkpoint.ours else [checkpoint.path]
+        groups.setdefault(tuple(key), []).append(checkpoint)
     return list(groups.values())
 
 
-def summarise(checkpoints, rows):
-    """A row for each group of runs that differ in nothing but the seed: each number is a dict of
-    its mean and its sample standard deviation."""
-    summary = []
-    for few in [[rows[i] for i in group] for group in same_but_seed(checkpoints) if len(group) > 1]:
-        name = re.sub(r"-?seed\d+", "", few[0]["checkpoint"]) + f" ({len(few)} seeds)"
-        summary.append(few[0] | dict(checkpoint=name))
-        for name in [name for name, value in few[0].items() if isinstance(value, float | None)]:
-            values = [row[name] for row in few]
-            if name != "eps":
-                summary[-1][name] = None if None in values else dict(
-                    mean=statistics.mean(values), std=statistics.stdev(values))
+def summarise(rows):
+    """A row for several runs: each number is a dict of its mean and sample standard deviation."""
+    name = re.sub(r"-?seed\d+", "", rows[0]["checkpoint"])
+    summary = rows[0] | dict(checkpoint=f"{name} ({len(rows)} seeds)")
+    for name in [name for name in summary if isinstance(summary[name], float) and name != "eps"]:
+        values = [row[name] for row in rows]
+        summary[name] = None if None in values else dict(mean=statistics.mean(values),
+                                                         std=statistics.stdev(values))
     return summary
 
 
@@ -540,94 +584,80 @@ def table(rows, markdown=False):
     return "\n".join(f"| {line} |" if markdown else line for line in lines)
 
 
-# -------------------------------------------------------------------------------- gradient masking
-
-def under_pgd(checkpoint, args, eps, alpha, steps):
-    """Which images withstand one restart of PGD, bool N."""
-    attack = functools.partial(common.pgd_attack, eps=eps, alpha=alpha, steps=steps,
-                               norm=checkpoint.norm, generator=noise(args))
-    return withstand(checkpoint, args, [attack], f"PGD-{steps}")
-
-
-def checklist(checkpoint, args, row, kept):
+def checklist(checkpoint, row, kept):
     """Signs that gradients are masked (Athalye et al. 2018; Carlini et al. 2019): a list of
     (verdict, what should hold, the figures behind it)."""
-    found, eps, mask = [], checkpoint.eps, True
-    white_box = worst_case({name: kept[name] for name in ("pgd", "margin", "lite") if name in kept})
-    transfers = [name for name in kept if name.startswith("transfer")]
-    for kind, names in (("gradient-free", ["square", "rays"]), ("transfer", transfers)):
-        claim = f"{kind} attacks are weaker than white-box attacks"
-        for name in [name for name in names if name in kept]:
-            share, best, alone = map(percent, (kept[name], white_box, white_box & ~kept[name]))
-            found.append((alone <= 1 and share >= best, claim, f"{name}: {share:.1f} % against "
-                          f"{best:.1f} %; it alone fools {alone:.1f} %"))
-        if not names:
-            found.append((None, claim, "not checked: no --surrogate"))
-    largest = 0.5 * (checkpoint.x[0].numel() ** 0.5 if checkpoint.norm == "l2" else 1)
-    radii = [eps, 2 * eps, 4 * eps, 8 * eps, largest]
-    shares = [percent(mask := mask & under_pgd(checkpoint, args, radius, radius / 4, 20))
-              for radius in radii]
+    found, eps, size = [], checkpoint.eps, checkpoint.x[0].numel()
+    white_box = kept["pgd"] & kept["lite"] & kept.get("margin", True)
+    for name in [name for name in kept if name in ("square", "rays") or "transfer" in name]:
+        share, best, alone = map(percent, (kept[name], white_box, white_box & ~kept[name]))
+        found.append((alone <= 1 and share >= best, "white-box attacks are the strongest",
+                      f"{name}: {share:.1f} % against {best:.1f} %; it alone fools {alone:.1f} %"))
+    radii = [eps, 2 * eps, 4 * eps, 8 * eps, 0.5 * size ** 0.5 if checkpoint.norm == "l2" else 0.5]
+    shares = checkpoint.by_eps(radii)
     found.append((shares[-1] <= 1, "accuracy falls to 0 as eps grows", ", ".join(
         f"{share:.1f} % at {radius * 255:.0f}" for share, radius in zip(shares, radii))))
-    one, ten, hundred = (percent(under_pgd(checkpoint, args, eps, alpha, steps))
-                         for steps, alpha in ((1, eps), (10, eps / 4), (100, eps / 4)))
-    found.append((one >= ten - 1 and ten >= hundred - 1, "more attack steps do not help the network",
+    one, ten, hundred = (percent(checkpoint.withstand([checkpoint.pgd(eps, alpha, n)], f"PGD-{n}"))
+                         for n, alpha in ((1, eps), (10, eps / 4), (100, eps / 4)))
+    found.append((one >= ten - 1 and ten >= hundred - 1, "more attack steps help no network",
                   f"{one:.1f} % after 1, {ten:.1f} % after 10, {hundred:.1f} % after 100"))
     found.append((row["zero gradients %"] <= 1, "input gradients are not 0",
                   f"{row['zero gradients %']:.1f} % of them are exactly 0"))
-    with common.exact(checkpoint.model) as model, torch.no_grad():
-        _, x, _ = next(checkpoint.batches(args))
+    with torch.no_grad():
+        model, _, x, _ = next(checkpoint.batches())
         found.append((torch.equal(model(x), model(x)), "the network is not random",
                       "logits of the same images, computed twice"))
-    return [({True: "pass", False: "WARN", None: "----"}[holds], *rest) for holds, *rest in found]
+    return [("pass" if holds else "WARN", *rest) for holds, *rest in found]
 
 
 # ------------------------------------------------------------------------------------------- plots
-
 def new_figure(rows, columns, width, height):
     import matplotlib.figure  # takes half a second
-    matplotlib.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3,
-                                "lines.linewidth": 2.5})
+    matplotlib.rcParams.update({"font.size": 14, "axes.grid": True, "lines.linewidth": 2.5})
     figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def draw_lines(panels, xlabel, ylabel, span=(), **options):
-    """panels: title -> name of a line -> (xs, ys). The names stand beside the ends of the lines. The
+def short_lines(name):
+    return "\n".join(textwrap.wrap(name, 26)).replace("$", r"\$")  # $ would begin a formula
+
+
+def line_plot(checkpoints, measure, xlabel, span=(), **options):
+    """A panel for each key of measure(checkpoint): title -> list of (x, y). Several y at one x, of
+    several seeds, make a band around their mean. Names stand at the ends of the lines, and the
     vertical axes include `span`."""
+    values, panels = [measure(checkpoint) for checkpoint in checkpoints], {}
+    for checkpoint, numbers in zip(checkpoints, values):
+        name = checkpoint.run if xlabel == "epoch" else checkpoint.name
+        for title, points in numbers.items():
+            panels.setdefault(title, {}).setdefault(name, []).extend(points)
     figure, (row,) = new_figure(1, len(panels), 4.5 * len(panels) + 3, 5)
     for axes, (title, lines) in zip(row, panels.items()):
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, **options)
-        for colour, (xs, ys) in zip(itertools.cycle(common.COLOURS), lines.values()):
+        axes.set(title=short_lines(title), xlabel=xlabel, **options)
+        ends, lowest = [], -1
+        for colour, (name, points) in zip(itertools.cycle(COLOURS), lines.items()):
+            xs = sorted({x for x, _ in points})
+            seeds = [[y for other, y in points if other == x] for x in xs]
+            ys, low, high = (list(map(f, seeds)) for f in (statistics.mean, min, max))
             axes.plot(xs, ys, "o-", color=colour)
+            axes.fill_between(xs, low, high, color=colour, alpha=0.2)
             axes.update_datalim([(xs[0], edge) for edge in span])
+            ends.append((ys[-1], xs[-1], colour, short_lines(name)))
         axes.autoscale_view()
-        ends = [axes.transLimits.transform(axes.transScale.transform((xs[-1], ys[-1])))[1]
-                for xs, ys in lines.values()]
-        lowest = -1
-        for end, colour, name in sorted(zip(ends, itertools.cycle(common.COLOURS), lines)):
-            lowest = max(end, lowest + 0.07 * (1 + name.count("\n")))  # not onto each other
+        for y, x, colour, name in sorted(ends):
+            height = axes.transLimits.transform(axes.transScale.transform((x, y)))[1]
+            lowest = max(height, lowest + 0.07 * (1 + name.count("\n")))  # not onto each other
             axes.annotate(name, (1.02, lowest), xycoords="axes fraction", color=colour, va="center")
-    return figure
+    return figure, values
 
 
-def along_training(checkpoints, args, measure, ylabel, **options):
-    """A panel for each of the numbers that `measure` gives; the checkpoints of a run, averaged or
-    not, make a line over its epochs."""
-    values, panels = [], {}
-    for checkpoint in checkpoints:
-        with common.exact(checkpoint.model) as model:
-            parts = [measure(model, x, y, checkpoint.eps, checkpoint.norm)
-                     for _, x, y in checkpoint.batches(args)]
-        values.append({name: torch.cat([part[name] for part in parts]).mean().item()
-                       for name in parts[0]})
-        path, epoch = Path(checkpoint.path), checkpoint.about.get("epoch", 0)
-        run = path.parent.name + " (average)" * path.name.startswith("swa_")
-        for name, value in values[-1].items():
-            lines = panels.setdefault(name, {})
-            lines.setdefault(run if epoch else checkpoint.name, []).append((epoch, value))
-    return draw_lines({name: {run: tuple(zip(*sorted(points))) for run, points in lines.items()}
-                       for name, lines in panels.items()}, "epoch", ylabel, **options), values
+def curves(checkpoint):
+    """The log of a run, up to the checkpoint."""
+    prefix = "swa_" * ("/swa_" in checkpoint.name)
+    keys = {"training loss": "loss", "held-out clean %": f"{prefix}val_clean",
+            "held-out PGD-10 %": f"{prefix}val_pgd"}
+    return {title: [(row["epoch"], row[key]) for row in checkpoint.log if key in row]
+            for title, key in keys.items()}
 
 
 def largest_eigenvalue(model, x, y, iterations=20):
@@ -638,189 +668,199 @@ def largest_eigenvalue(model, x, y, iterations=20):
     gradient, = torch.autograd.grad(loss, x, create_graph=True)
     v = torch.randn_like(x)
     for _ in range(iterations):
-        v = v / common.l2_norm(v).clamp(min=1e-30)
+        v = v / l2_norm(v).clamp(min=1e-30)
         product, = torch.autograd.grad(gradient, x, v, retain_graph=True)
         value, v = (v * product).flatten(1).sum(1), product
     return value.detach()
 
 
-def curvature(model, x, y, eps, norm):
-    """Backward Smoothing's Figure 3: the curvature of the loss at the images and near them, N."""
-    points = {"clean": x, "random": common.random_start(x, eps, norm),
-              "backward-smoothed": backward_smoothing(model, x, eps, eps, alone=True, norm=norm)}
-    return {name: largest_eigenvalue(model, point, y) for name, point in points.items()}
+def curvature(checkpoint):
+    """Backward Smoothing's Figure 3: the curvature of the loss at the images and near them."""
+    found, eps, norm = {"clean": [], "random": [], "smoothed": []}, checkpoint.eps, checkpoint.norm
+    for model, _, x, y in checkpoint.batches():
+        smoothed = backward_smoothing(model, x, eps, eps, alone=True, norm=norm)
+        for part, point in zip(found.values(), (x, random_start(x, eps, norm), smoothed)):
+            part.append(largest_eigenvalue(model, point, y))
+    return {f"largest eigenvalue, {name}": [(checkpoint.epoch, torch.cat(part).mean().item())]
+            for name, part in found.items()}
 
 
-def alignment(model, x, y, eps, norm):
-    """KD-SWA's Figure A11 and Fast-BAT's Figure 2: do the gradients at an image and near it agree?"""
-    return {"gradient alignment": 1 - misalignment(model, x, y, eps, norm, "eval").expand(len(x))}
+def alignment(checkpoint):
+    """KD-SWA's Figure A11, Fast-BAT's Figure 2: do the gradients at an image and near it agree?"""
+    apart = sum(len(y) * misalignment(model, x, y, checkpoint.eps, checkpoint.norm, "eval").item()
+                for model, _, x, y in checkpoint.batches())
+    return {"gradient alignment": [(checkpoint.epoch, 1 - apart / len(checkpoint.y))]}
 
 
-@torch.no_grad()
-def plot_landscape(checkpoints, args):
-    """KD-SWA's Figure 6: the loss of an image along the gradient's sign and along random signs."""
-    figure, (row,) = new_figure(1, len(checkpoints), 4.6 * len(checkpoints) + 1, 4.6)
-    ticks, levels, values = torch.linspace(-2, 2, 41), torch.logspace(-4, 2, 25), []
-    for axes, checkpoint in zip(row, checkpoints):
-        (_, x, y), = checkpoint.choose(1, args.seed).batches(args)
-        with common.exact(checkpoint.model) as model, torch.enable_grad():
-            loss = F.cross_entropy(model(x.requires_grad_()), y)
-            along = torch.autograd.grad(loss, x)[0].sign() * checkpoint.eps
-        across = torch.randn_like(along).sign() * checkpoint.eps
-        surface = torch.stack([F.cross_entropy(model(x + a * along + b * across), y)
-                               for b in ticks for a in ticks]).view(41, 41).cpu()
-        values.append({"highest loss": surface.max().item()})
-        drawn = axes.contourf(ticks, ticks, surface.clamp(levels[0] * 1.01, levels[-1]), levels,
-                              norm="log", cmap="cividis")
-        axes.set(xlabel="gradient sign (eps)", ylabel="random signs (eps)", title=checkpoint.name)
-    figure.colorbar(drawn, ax=row, label="loss", ticks=levels[::4])
+def robustness(checkpoint):
+    """Accuracy under PGD-20 against eps."""
+    radii = [part / 4 * (checkpoint.eps or 8 / 255) for part in (0, 1, 2, 3, 4, 6, 8, 12, 16)]
+    shares = checkpoint.by_eps(radii)
+    return {"accuracy under PGD-20 (%)": [(255 * eps, y) for eps, y in zip(radii, shares)]}
+
+
+def flatness(checkpoint):
+    """KD-SWA's Figure 7: the loss under PGD-10 when the weights move in 10 random directions, by
+    certain parts of their norm."""
+    moved, losses = copy.copy(checkpoint), dict.fromkeys(range(0, 60, 10), 0)
+    with common.exact(checkpoint.model) as moved.model:
+        trained = torch.cat([weight.flatten() for weight in moved.model.parameters()])
+        for _ in range(10):
+            direction = F.normalize(torch.randn_like(trained), dim=0) * trained.norm()
+            for distance in losses:
+                torch.nn.utils.vector_to_parameters(trained + distance / 100 * direction,
+                                                    moved.model.parameters())
+                _, y, *_, logits = moved.attacked(10)
+                losses[distance] += F.cross_entropy(logits, y).item() / 10
+    return {"loss under PGD-10": list(losses.items())}
+
+
+def panel_plot(checkpoints, draw, n=1):
+    """n panels for each checkpoint, filled by draw(axes, checkpoint, i), which returns numbers."""
+    figure, rows = new_figure(n, len(checkpoints), 5 * len(checkpoints) + 1, 4.6 * n)
+    values = [{} for _ in checkpoints]
+    for i, row in enumerate(rows):
+        for axes, checkpoint, numbers in zip(row, checkpoints, values):
+            numbers |= draw(axes, checkpoint, i)
+            axes.set(title=short_lines(checkpoint.name))
     return figure, values
 
 
-def plot_eps(checkpoints, args):
-    """Accuracy under PGD-20 against eps."""
-    values = []
-    for checkpoint in checkpoints:
-        mask, eps = True, checkpoint.eps or 8 / 255
-        values.append({f"{255 * radius:g}": percent(
-            mask := mask & under_pgd(checkpoint, args, radius, radius / 4, 20))
-            for radius in [eps * factor for factor in (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)]})
-    lines = {checkpoint.name: (list(map(float, shares)), list(shares.values()))
-             for checkpoint, shares in zip(checkpoints, values)}
-    return draw_lines({"": lines}, "eps (1/255)", "accuracy under PGD-20 (%)", (0, 100)), values
+def landscape(axes, checkpoint, i):
+    """KD-SWA's Figure 6: the loss of image i along the gradient's sign and random signs."""
+    ticks, levels = torch.linspace(-2, 2, 41), torch.logspace(-4, 2, 25)
+    model, _, x, y = next(checkpoint.take(torch.tensor([i])).batches())
+    loss = F.cross_entropy(model(x.requires_grad_()), y)
+    along = torch.autograd.grad(loss, x)[0].sign() * checkpoint.eps
+    across = torch.randn_like(along).sign() * checkpoint.eps
+    line = x.detach() + ticks.to(x.device).view(-1, 1, 1, 1) * along
+    with torch.no_grad():
+        surface = torch.stack([F.cross_entropy(model(line + b * across), y.expand(41),
+                                               reduction="none") for b in ticks]).cpu()
+    drawn = axes.contourf(ticks, ticks, surface.clamp(levels[0] * 1.01, levels[-1]), levels,
+                          norm="log", cmap="cividis")
+    axes.set(xlabel="gradient sign (eps)", ylabel="random signs (eps)")
+    axes.figure.colorbar(drawn, ax=axes, label="loss", ticks=levels[::4])
+    return {f"highest loss of image {i}": surface.max().item()}
 
 
-def attacked(checkpoint, args, steps):
-    """x, y, x_adv under PGD, logits and logits_adv of all its images."""
-    generator, parts = noise(args), []
-    with common.exact(checkpoint.model) as model:
-        for _, x, y in checkpoint.batches(args):
-            x_adv = common.pgd_attack(model, x, y, checkpoint.eps, checkpoint.eps / 4, steps,
-                                      norm=checkpoint.norm, generator=generator)
-            with torch.no_grad():
-                parts.append((x, y, x_adv, model(x), model(x_adv)))
-    return map(torch.cat, zip(*parts))
-
-
-def plot_weights(checkpoints, args):
-    """KD-SWA's Figure 7: the loss under PGD-10 when the weights move in 10 random directions."""
-    values, distances = [], (0, 10, 20, 30, 40, 50)
-    for checkpoint in checkpoints:
-        losses, model = dict.fromkeys(distances, 0), copy.deepcopy(checkpoint.model)
-        trained = torch.cat([weight.flatten() for weight in model.parameters()]).detach()
-        for _ in range(10):
-            direction = torch.randn_like(trained)
-            direction *= trained.norm() / direction.norm()
-            for distance in distances:
-                torch.nn.utils.vector_to_parameters(trained + distance / 100 * direction,
-                                                    model.parameters())
-                _, y, *_, logits = attacked(checkpoint._replace(model=model), args, 10)
-                losses[distance] += F.cross_entropy(logits, y).item() / 10
-        values.append({f"{distance} %": loss for distance, loss in losses.items()})
-    lines = {checkpoint.name: (distances, list(losses.values()))
-             for checkpoint, losses in zip(checkpoints, values)}
-    return draw_lines({"": lines}, "distance from the trained weights (% of their norm)",
-                      "loss under PGD-10", yscale="log"), values
-
-
-def plot_logits(checkpoints, args):
+def outputs(axes, checkpoint, i):
     """KD-SWA's Figure 5: logits of three classes, clean and under PGD-20, in the plane in which the
     clean ones vary most."""
-    figure, (row,) = new_figure(1, len(checkpoints), 4.8 * len(checkpoints), 5.2)
-    values = []
-    for axes, checkpoint in zip(row, checkpoints):
-        _, y, _, clean, moved = attacked(checkpoint, args, 20)
-        _, spread, directions = torch.linalg.svd(clean - clean.mean(0), full_matrices=False)
-        for colour, c in zip(common.COLOURS, y.unique()[:3].tolist()):
-            for logits, marker, word in ((clean, "o", ""), (moved, "*", ", attacked")):
-                points = (logits[y == c] - clean.mean(0)) @ directions[:2].T
-                axes.scatter(*points.T.cpu(), marker=marker, s=45, color=colour, alpha=0.6,
-                             label=checkpoint.classes[c] + word)
-        axes.set(xlabel="first principal axis", ylabel="second", title=checkpoint.name)
-        share = spread[:2].square().sum() / spread.square().sum()
-        values.append({"variance in the plane %": 100 * share.item()})
-    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure, values
+    _, y, _, clean, moved = checkpoint.attacked(20)
+    _, spread, directions = torch.linalg.svd(clean - clean.mean(0), full_matrices=False)
+    for colour, c in zip(COLOURS, y.unique()[:3].tolist()):
+        for logits, marker, word in ((clean, "o", ""), (moved, "*", ", attacked")):
+            points = (logits[y == c] - clean.mean(0)) @ directions[:2].T
+            axes.scatter(*points.T.cpu(), marker=marker, s=45, color=colour, alpha=0.6,
+                         label=checkpoint.classes[c] + word)
+    axes.set(xlabel="first principal axis", ylabel="second")
+    axes.legend(fontsize=10)
+    return {"variance in the plane %": 100 * (spread[:2].norm() / spread.norm()).item() ** 2}
 
 
-def plot_sheet(checkpoints, args):
+def sheet(checkpoints):
     """An image of each class: clean, the perturbation (scaled) and their sum, and what the network
     takes them for. "fooled" is the share of those that were right before."""
-    n, columns = len(checkpoints), min(10, max(len(c.classes) for c in checkpoints))
+    n, columns, values = len(checkpoints), min(10, len(checkpoints[0].classes)), []
     figure, rows = new_figure(3 * n, columns, 1.25 * columns + 1, 4.4 * n)
-    values = []
+    for axes in rows.flat:
+        axes.set(xticks=[], yticks=[])
     for checkpoint, lines in zip(checkpoints, rows.reshape(n, 3, columns)):
-        index = torch.stack([(checkpoint.y == c).nonzero()[0, 0] for c in checkpoint.y.unique()[:10]])
-        few = checkpoint._replace(x=common.take(checkpoint.x, index), y=checkpoint.y[index])
-        x, y, x_adv, *logits = attacked(few, args, 20)
+        first = [(checkpoint.y == c).nonzero()[0, 0] for c in checkpoint.y.unique()[:columns]]
+        x, y, x_adv, *logits = checkpoint.take(torch.stack(first)).attacked(20)
         before, after = (part.argmax(1) for part in logits)
-        shown = 0.5 + (x_adv - x) / (x_adv - x).abs().amax().clamp(min=1e-9) / 2
+        delta = 0.5 + (x_adv - x) / (x_adv - x).abs().amax().clamp(min=1e-9) / 2
         for line, word, images, guesses in zip(lines, ("clean", "perturbation", "attacked"),
-                                               (x, shown, x_adv), (before, None, after)):
+                                               (x, delta, x_adv), (before, y, after)):
             line[0].set_ylabel(word, fontsize=11)
-            for i, axes in enumerate(line):
-                axes.set(xticks=[], yticks=[])
-                if i < len(y):
-                    axes.imshow(images[i].permute(1, 2, 0).cpu().numpy())
-                if i < len(y) and guesses is not None:
-                    axes.set_title(checkpoint.classes[guesses[i]][:11], fontsize=11,
-                                   color=common.COLOURS[int(guesses[i] != y[i])])
-        lines[1, columns // 2].set_title(checkpoint.name.replace("\n", ""), fontsize=12)
-        correct = before == y
-        values.append({"fooled %": percent((after != y)[correct]) if correct.any() else 0.0})
+            for axes, image, guess, truth in zip(line, images, guesses, y):
+                axes.imshow(image.permute(1, 2, 0).cpu().numpy())
+                name = checkpoint.classes[guess][:11] if images is not delta else ""
+                axes.set_title(name, fontsize=11, color=COLOURS[int(guess != truth)])
+        lines[1, columns // 2].set_title(checkpoint.name, fontsize=12)
+        fooled = (after != y)[before == y]
+        values.append({"fooled %": percent(fooled) if len(fooled) else 0.0})
     return figure, values
 
 
-def plot_curves(checkpoints, args):
-    """The log of each run, up to its checkpoint; runs that differ only in the seed are one line."""
-    logs, runs = [checkpoint.about.get("rows") for checkpoint in checkpoints], []
-    if None in logs:
-        raise ValueError(f"{checkpoints[logs.index(None)].path} holds no log")
-    for group in same_but_seed(checkpoints):
-        name, prefix = checkpoints[group[0]].name, "swa_" * Path(checkpoints[group[0]].path).name.startswith("swa_")
-        name = name if len(group) == 1 else re.sub(r"-?seed\d+", "", name)
-        runs.append((name, [logs[i] for i in group], prefix))
-    values = [{"best held-out PGD-10 %": max(row["val_pgd"] for row in log),
-               "last": log[-1]["val_pgd"]} for log in logs]
-    return common.draw_curves(runs), values
+PLOTS = {name: functools.partial(plot, **options) for name, plot, options in (
+    ("curvature", line_plot, dict(measure=curvature, xlabel="epoch", yscale="symlog", span=(0, 1))),
+    ("alignment", line_plot, dict(measure=alignment, xlabel="epoch", span=(0, 1))),
+    ("landscape", panel_plot, dict(draw=landscape, n=2)),
+    ("eps", line_plot, dict(measure=robustness, xlabel="eps (1/255)", span=(0, 100))),
+    ("weights", line_plot, dict(measure=flatness, xlabel="distance of the weights (%)")),
+    ("logits", panel_plot, dict(draw=outputs)), ("sheet", sheet, {}),
+    ("curves", line_plot, dict(measure=curves, xlabel="epoch")))}
 
 
-PLOTS = {
-    "curvature": functools.partial(along_training, measure=curvature, yscale="symlog",
-                                   ylabel="largest Hessian eigenvalue"),
-    "alignment": functools.partial(along_training, measure=alignment, ylabel="cosine", span=(0, 1)),
-    "landscape": plot_landscape, "eps": plot_eps, "weights": plot_weights, "logits": plot_logits,
-    "sheet": plot_sheet, "curves": plot_curves}
-
-
+# -------------------------------------------------------------------------------------------- main
 def claim_folder(out):
     """--out, or the first of runs/evaluation-1, ... that nobody has, even if two ask at once."""
     for i in itertools.count(1):
         folder = Path(out or f"runs/evaluation-{i}")
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True, exist_ok=bool(out))
             return folder
-        except FileExistsError:
-            pass
 
 
 def main(args):
-    if args.out and Path(args.out, "result.json").exists():
-        common.fail(f"{args.out} holds a result: choose another --out")
-    checkpoints = [load_checkpoint(path, args) for path in args.checkpoints]
-    surrogates = [load_checkpoint(path, args) for path in args.surrogate]
+    def save():
+        if common.RANK == 0:
+            (folder / "result.json").write_text(json.dumps(result, indent=1))
+
+    checkpoints, surrogates = ([Checkpoint(path, args) for path in paths]
+                               for paths in (args.checkpoints, args.surrogate))
     for surrogate in surrogates:
         if any(surrogate.classes != checkpoint.classes for checkpoint in checkpoints):
             common.fail(f"{surrogate.path} cannot be a surrogate: it knows other classes")
-    folder = claim_folder(args.out) if common.RANK == 0 else None
-    settings = vars(args) | {name: 255 * vars(args)[name] for name in ("eps", "alpha") if vars(args)[name]}
-    result = dict(command=sys.argv, args=settings, rows=[], classes=[], checklist=[], summary=[], plots={})
-
-    def save():
-        if folder:
-            (folder / "result.json").write_text(json.dumps(result, indent=1))
-
+    folder = claim_folder(args.out) if common.RANK == 0 else Path()
+    in_255 = {name: 255 * vars(args)[name] for name in ("eps", "alpha") if vars(args)[name]}
+    result = dict(command=sys.argv, args=vars(args) | in_255, rows=[], classes=[], checklist=[],
+                  summary=[], plots={})
     for checkpoint in checkpoints:
-        row, kept = evaluate(checkpoint, args, surrogates)
+        row, kept = evaluate(checkpoint, surrogates)
         result["rows"].append(row)
-        result["classes"].append(...)
+        result["classes"].append({name: {
+            f"{part} %": percent(kept[part][members]) for part in ("clean", "worst case")}
+            for c, name in enumerate(checkpoint.classes) if (members := checkpoint.y == c).any()})
+        print(checkpoint.path + "".join(f", {name} {value:.1f}" for name, value in row.items()
+                                        if name.endswith("%")), flush=True)
+        if args.checklist:
+            result["checklist"].append(checklist(checkpoint, row, kept))
+            for verdict, claim, figures in result["checklist"][-1]:
+                print(f"  {verdict}  {claim}: {figures}", flush=True)
+        save()
+    for group in [group for group in same_but_seed(checkpoints) if len(group) > 1]:
+        result["summary"].append(summarise([result["rows"][checkpoints.index(c)] for c in group]))
+        names = [re.sub(r"-?seed\d+", "", name) + f" ({len(group)} seeds)"
+                 for name in (group[0].name, group[0].run)]
+        for checkpoint in group:
+            checkpoint.name, checkpoint.run = names  # in plots they are one line
+    print("\n" + table(result["rows"] + result["summary"], args.markdown), flush=True)
+    for i, checkpoint in enumerate(checkpoints if args.save_images and common.RANK == 0 else [], 1):
+        x, y, x_adv, *logits = (part.cpu() for part in
+                                checkpoint.choose(args.save_images).attacked(args.steps))
+        predictions, predictions_adv = (part.argmax(1) for part in logits)
+        torch.save(dict(x=x, x_adv=x_adv, y=y, classes=checkpoint.classes, predictions=predictions,
+                        predictions_adv=predictions_adv), folder / f"images{f'-{i}' * (i > 1)}.pt")
+    few = [checkpoint.choose(args.n_plot) for checkpoint in checkpoints]
+    for name in args.plots:
+        torch.manual_seed(args.seed)
+        save()
+        try:
+            figure, values = PLOTS[name](few)
+            if common.RANK == 0:
+                figure.savefig(folder / f"{name}.png", dpi=100)
+        except Exception as error:  # the numbers are safe
+            print(f"warning: the plot {name} failed: {error}")
+            continue
+        result["plots"][name] = values
+        for checkpoint, numbers in zip(checkpoints, values):
+            print(f"{name}, {checkpoint.path}: {numbers}", flush=True)
+    save()
+    print(f"see {folder}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -4,7 +4,7 @@
     python tests/compare_autoattack.py runs/.../best.pt --n-examples 500
     python tests/compare_autoattack.py runs/.../best.pt --n-examples 500 --complete
 
-Both attack the same network in fp32, the same test pictures (of which --seed draws the first
+Both attack the same network in fp32, the same test images (of which --seed draws the first
 --n-examples) and take the same number of iterations, in alternating rounds, each in a process of
 its own: AutoAttack-lite as evaluate.py runs it, the reference as its README does, with a batch size
 of 250. The reference runs APGD-CE and APGD-T, on the network in PyTorch's default memory format,
@@ -23,20 +23,18 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
-from bookkeeping import load_model  # noqa: E402
-from data import load_data  # noqa: E402
+import evaluate  # noqa: E402
 
 
 def lite(model, x, y, eps, norm, device):
-    common.keep_memory()
-    generator = torch.Generator(device).manual_seed(0)
-    parts = [functools.partial(common.autoattack_lite_part, part=part, eps=eps, norm=norm,
-                               generator=generator) for part in range(10)]
-    return common.still_right(model, x, y, lambda model, x, y: x, *parts)
+    attack = functools.partial(evaluate.autoattack_lite, eps=eps, norm=norm,
+                               generator=torch.Generator(device).manual_seed(0))
+    return common.still_correct(model, x, y, lambda model, x, y: x, attack)
 
 
 def reference(model, x, y, eps, norm, device, attacks=("apgd-ce", "apgd-t")):
@@ -51,9 +49,9 @@ def reference(model, x, y, eps, norm, device, attacks=("apgd-ce", "apgd-t")):
 
 def in_nchw(model, *task):
     """The reference on the same weights in NCHW, as most repositories have their networks."""
-    class Plain(torch.nn.Module):
+    class Plain(nn.Module):
         def forward(self, x):
-            return model.logits((x - model.mean) / model.std)
+            return nn.Sequential.forward(model, (x - model.mean) / model.std)
     model.to(memory_format=torch.contiguous_format)
     return reference(Plain(), *task)
 
@@ -69,38 +67,40 @@ CONTESTANTS = {"AutoAttack-lite": lite, "reference: APGD-CE, APGD-T": in_nchw,
 
 def run(options):
     """One contestant: prints its robust accuracy in percent, and its seconds."""
-    device = common.find_device(options.device)
-    model, settings = load_model(options.checkpoint, device)
-    data = load_data(argparse.Namespace(**settings | dict(device=device)))
+    device = common.set_up(options.device)
+    model, checkpoint = common.load_model(options.checkpoint, device)
+    trained = checkpoint["args"] | dict(device=device)
+    data = common.load_data(argparse.Namespace(**trained))
     order = torch.randperm(len(data.test[1]), generator=torch.Generator().manual_seed(options.seed))
-    x, y = (part[order[:options.n_examples].to(device)] for part in data.test)
+    x, y = (part[order[:options.n_examples].to(part.device)].to(device) for part in data.test)
+    eps = trained["eps"] if options.eps is None else options.eps
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         start = time.perf_counter()
-        right = CONTESTANTS[options.contestant](
-            model.eval(), x, y, options.eps or settings["eps"], options.norm or settings["norm"],
-            device)
+        correct = CONTESTANTS[options.contestant](
+            model, x, y, eps, options.norm or trained["norm"], device)
         torch.get_device_module(device).synchronize()
-    print(json.dumps([100 * right.float().mean().item(), time.perf_counter() - start]))
+    print(json.dumps([100 * correct.float().mean().item(), time.perf_counter() - start]))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--n-examples", type=int, default=500)
-    parser.add_argument("--eps", type=common.pixels, help="None: as in training")
-    parser.add_argument("--norm", choices=["linf", "l2"], help="None: as in training")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--complete", action="store_true", help="also the whole of AutoAttack")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("checkpoint")
+    add("--n-examples", type=int, default=500)
+    add("--eps", type=common.over_255, help="in units of 1/255; None: as in training")
+    add("--norm", choices=["linf", "l2"], help="None: as in training")
+    add("--rounds", type=int, default=1)
+    add("--complete", action="store_true", help="also the whole of AutoAttack")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto")
+    add("--contestant", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
         return run(options)
     if importlib.util.find_spec("pyautoattack") is None:
-        raise SystemExit("compare_autoattack.py: error: pip install pyautoattack")
-    print(f"{options.checkpoint}, {options.n_examples} test pictures, {torch.get_num_threads()} "
+        common.fail("pip install pyautoattack")
+    print(f"{options.checkpoint}, {options.n_examples} test images, {torch.get_num_threads()} "
           f"threads, torch {torch.__version__}", flush=True)
     seconds = {name: [] for name in CONTESTANTS}
     for i in range(options.rounds):

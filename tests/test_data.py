@@ -1,392 +1,380 @@
-"""Loading in each format from tiny files made here, augmentation, and messages for bad data."""
+"""Data sets from tiny files in their own formats, augmentation, and messages about bad data."""
 
-import functools
-import hashlib
-import http.server
-import io
+import os
 import pickle
+import re
 import shutil
-import sys
-import tarfile
-import threading
-import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
 import common
-import data
 from conftest import data_options
 
 RNG = np.random.default_rng(0)
 
 
+def load(dataset, tmp_path, **more):
+    common.list_folder.cache_clear()  # as a new process would start
+    return common.load_data(data_options(dataset, tmp_path / "cache", **more))
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Loads what cannot be loaded; returns the one line that says why."""
+    def check(dataset, **more):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            load(dataset, tmp_path, **more)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+        return err
+    return check
+
+
+def draw(path, colour, size=(32, 32)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def is_that_of(path, image):
+    return np.array_equal(image.permute(1, 2, 0), np.asarray(Image.open(path)))
+
+
 # ------------------------------------------------------------------------------------ augmentation
-
-def test_augment_crops_each_picture_at_its_own_place_uniformly():
-    """A picture that holds its own coordinates tells where it was cropped."""
+def test_augment_recomputed():
+    """An image that holds its own coordinates tells where it was cropped, and if mirrored."""
     torch.manual_seed(0)
-    grid = torch.arange(1, 33)
-    picture = torch.stack([grid[:, None].expand(32, 32), grid.expand(32, 32),
-                           torch.full((32, 32), 99)])
-    x = data.augment(picture.byte().expand(8100, 3, 32, 32), flip=False) * 255
-    rows, columns = x[:, 0, 16, 16].round().long() - 17, x[:, 1, 16, 16].round().long() - 17
+    place = torch.arange(1, 33)
+    image = torch.stack([place[:, None].expand(32, 32), place.expand(32, 32),
+                         torch.full((32, 32), 99)])
+    x = common.augment(image.byte().expand(8100, 3, 32, 32), flip=True) * 255
+    mirrored = x[:, 1, 16, 16] > x[:, 1, 16, 17]
+    assert 3900 < mirrored.sum() < 4200
+    rows = x[:, 0, 16, 16].round().long() - 17
+    columns = torch.where(mirrored, x[:, 1, 16, 15], x[:, 1, 16, 16]).round().long() - 17
     counts = torch.bincount((rows + 4) * 9 + columns + 4, minlength=81)
-    assert len(counts) == 81 and ((counts - 100).abs() < 45).all()
-    padded = torch.nn.functional.pad(picture, [4] * 4)
-    for i in (0, 1, 2):  # the whole picture, padding included
+    assert len(counts) == 81 and ((counts - 100).abs() < 45).all()  # each place equally often
+    padded = F.pad(image, [4] * 4)
+    for i in range(20):
         expected = padded[:, rows[i] + 4:rows[i] + 36, columns[i] + 4:columns[i] + 36]
-        assert torch.equal(x[i].round().long(), expected)
-    assert x.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(x[i].round().long(), expected.flip(2) if mirrored[i] else expected)
+    assert x.is_contiguous(memory_format=torch.channels_last) and x.dtype == torch.float32
 
 
-def test_augment_mirrors_half_of_the_pictures():
-    torch.manual_seed(0)
-    picture = torch.arange(32).expand(1000, 3, 32, 32).byte()
-    x = data.augment(picture, flip=True, padding=0) * 255
-    mirrored = x[:, 0, 0, 0].round() == 31
-    assert 430 < mirrored.sum() < 570
-    assert torch.equal(x[mirrored][0].round().byte(), picture[0].flip(2))
-    assert torch.equal(x[~mirrored][0].round().byte(), picture[0])
+def numbered(n):
+    """A data set of which ten images are held out. An image holds its number, also its label."""
+    x = torch.arange(n).byte().view(n, 1, 1, 1).expand(n, 3, 8, 8)
+    return common.Data((x, torch.arange(n), torch.arange(10, n)), None, None, [], flip=False)
 
 
-def test_batches_are_full_shuffled_and_seeded():
-    x = torch.arange(50).byte().view(50, 1, 1, 1).expand(50, 3, 32, 32)
-    pets = data.Data((x, torch.arange(50)), None, None, [], flip=False)
-    args = types.SimpleNamespace(batch_size=16, seed=0)
-    epochs = [[y for _, y in data.batches(pets, args, epoch)] for epoch in (0, 0, 1)]
-    assert [len(y) for y in epochs[0]] == [16, 16, 16]
-    drawn = [torch.cat(epoch) for epoch in epochs]
-    assert drawn[0].unique().numel() == 48
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    for x, y in data.batches(pets, args, 0):  # pictures and labels stay together
-        assert torch.equal((x.amax((1, 2, 3)) * 255).round().long(), y)
+def test_batches_are_full_shuffled_and_seeded_and_hold_every_image_once():
+    def drawn(size, seed, epoch):
+        return list(common.batches(numbered(60), data_options(
+            batch_size=size, epochs=9, seed=seed), epoch))
+    orders = [torch.cat([y for _, y in drawn(16, *which)]).tolist()
+              for which in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert [len(y) for _, y in drawn(16, 0, 0)] == [16, 16, 16] and len(set(orders[0])) == 48
+    assert orders[0] == orders[1] and orders[0] not in (orders[2], orders[3], sorted(orders[0]))
+    (x, y), = drawn(50, 0, 0)
+    assert sorted(y.tolist()) == list(range(10, 60))
+    assert torch.equal((x.amax((1, 2, 3)) * 255).round().long(), y)  # they stay together
 
 
 def test_processes_share_each_batch(monkeypatch):
-    x = torch.zeros(40, 3, 8, 8).byte()
-    pets = data.Data((x, torch.arange(40)), None, None, [], flip=False)
-    args = types.SimpleNamespace(batch_size=10, seed=0)
-    whole = [y for _, y in data.batches(pets, args, 0)]
-    monkeypatch.setattr(data, "WORLD", 2)
-    parts = []
+    args = data_options(batch_size=10, epochs=1)
+    whole, parts = [y for _, y in common.batches(numbered(50), args, 0)], []
+    monkeypatch.setattr(common, "WORLD", 2)
     for rank in (0, 1):
-        monkeypatch.setattr(data, "RANK", rank)
-        parts.append([y for _, y in data.batches(pets, args, 0)])
-    for y, a, b in zip(whole, *parts):
-        assert len(a) == len(b) == 5 and set(y.tolist()) == set(a.tolist() + b.tolist())
+        monkeypatch.setattr(common, "RANK", rank)
+        parts.append([y for _, y in common.batches(numbered(50), args, 0)])
+    for y, a, b in zip(whole, *parts, strict=True):
+        assert len(a) == len(b) == 5 and sorted(y.tolist()) == sorted(a.tolist() + b.tolist())
 
 
 # ------------------------------------------------------------------------------------------ shapes
-
-def test_shapes():
-    x, y = data.draw_shapes(500, 0)
-    assert x.shape == (500, 3, 32, 32) and x.dtype == torch.uint8
-    assert torch.bincount(y).tolist() == [50] * 10
-    again = data.draw_shapes(500, 0)
-    assert torch.equal(x, again[0]) and not torch.equal(x, data.draw_shapes(500, 1)[0])
-
-
 def test_shapes_carry_a_faint_pattern_that_tells_the_class():
     """A matched filter for the pattern reads the class; eps 8/255 is enough to fake any other."""
-    x, y = data.draw_shapes(2000, 0)
-    pattern = np.random.default_rng(12345).choice([-4, 4], (10, 3, 32, 32))
-    pattern = torch.from_numpy(pattern).float()
-    mean = torch.nn.functional.avg_pool2d(x.float(), 3, 1, 1, count_include_pad=False)
-    texture = x.float() - mean
-    scores = (texture.clamp(-12, 12)[:, None] * pattern).sum((2, 3, 4))
-    assert (scores.argmax(1) == y).float().mean() > 0.9
+    x, y = common.draw_shapes(1000, 0)
+    assert x.shape == (1000, 3, 32, 32) and x.dtype == torch.uint8
+    assert torch.bincount(y).tolist() == [100] * 10
+    pattern = torch.from_numpy(np.random.default_rng(12345).choice([-4, 4], (10, 3, 32, 32)))
+    texture = x.float() - F.avg_pool2d(x.float(), 3, 1, 1, count_include_pad=False)
+
+    def found(texture):
+        return torch.einsum("nchw,kchw->nk", texture.clamp(-12, 12), pattern.float()).argmax(1)
     other = (y + 1) % 10
-    faked = texture + pattern[other] - pattern[y]  # moves no pixel by more than 8
-    scores = (faked.clamp(-12, 12)[:, None] * pattern).sum((2, 3, 4))
-    assert (scores.argmax(1) == other).float().mean() > 0.9
+    assert (found(texture) == y).float().mean() > 0.9
+    assert 12 < (texture.clamp(-12, 12) * pattern[y]).mean() < 16  # +-4, but for outlines
+    assert (found(texture + pattern[other] - pattern[y]) == other).float().mean() > 0.9
 
 
-def test_a_smaller_training_set_is_a_part_of_the_whole():
-    whole, part = (data.load_data(data_options(val_size=50, train_size=size))
-                   for size in (None, 70))
-    assert torch.equal(part.train[0], whole.train[0][:70]) and len(part.train[1]) == 70
-    assert torch.equal(part.val[0], whole.val[0]) and torch.equal(part.test[0], whole.test[0])
+def test_the_parts_of_shapes(tmp_path):
+    """No image is in two parts, which depend neither on the seed nor on the size of another one."""
+    one, other = (load("shapes", tmp_path, val_size=50, seed=seed) for seed in (0, 1))
+    small = load("shapes", tmp_path, val_size=80, train_size=70, test_size=100)
+    assert not one.flip and one.classes[:2] == ["disc", "ring"]
+    for a, b in zip((*one.train, *one.val, *one.test), (*other.train, *other.val, *other.test)):
+        assert torch.equal(a, b)
+    images = [{bytes(x.numpy()) for x in part}
+              for part in (one.train[0][one.train[2]], one.val[0], one.test[0])]
+    assert [len(part) for part in images] == [2150, 50, 1000]
+    assert not images[0] & images[1] and not images[0] & images[2] and not images[1] & images[2]
+    assert torch.equal(small.train[0], one.train[0]) and torch.equal(small.val[0][:50], one.val[0])
+    assert torch.equal(small.train[2], one.train[2][30:100])  # a smaller part of the same
+    labels = {bytes(x.numpy()): y for x, y in zip(one.test[0], one.test[1].tolist())}
+    assert [labels[bytes(x.numpy())] for x in small.test[0]] == small.test[1].tolist()
 
 
-def test_label_noise_makes_that_share_of_the_training_labels_wrong_and_no_others():
-    clean, noisy, again = (data.load_data(data_options(val_size=50, train_size=900, label_noise=p))
-                           for p in (0, 0.3, 0.3))
-    assert torch.equal(noisy.train[1], again.train[1])
-    right, given = clean.train[1], noisy.train[1]
-    assert (right != given).sum() == 270
-    shifts = ((given - right) % 10).bincount(minlength=10)[1:]
-    assert shifts.min() > 10 and shifts.max() < 60  # 30 of each on average
-    assert (right != given)[:450].sum().item() == pytest.approx(135, abs=40)  # everywhere
-    for one, other in zip(clean[1:3], noisy[1:3]):
-        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-    assert torch.equal(clean.train[0], noisy.train[0])
-
-
-def test_with_one_class_no_label_can_be_wrong(folder, tmp_path):
-    for path in (folder / "train/dog", folder / "test/dog"):
-        shutil.rmtree(path)
-    with pytest.raises(common.UserError, match="one class"):
-        data.load_data(data_options(folder, tmp_path, 1, label_noise=0.5))
-
-
-def test_held_out_pictures_are_the_same_for_every_run_and_not_trained_on():
-    shapes = data.load_data(data_options(val_size=50))
-    again = data.load_data(data_options(val_size=50))
-    assert torch.equal(shapes.val[0], again.val[0])
-    assert [len(y) for _, y in shapes[:3]] == [2000, 50, 1000]
-    hashes = [{bytes(x.numpy()) for x in part[0]} for part in shapes[:3]]
-    assert not hashes[0] & hashes[1] and not hashes[0] & hashes[2] and not hashes[1] & hashes[2]
-    assert not shapes.flip
+def test_parts_that_are_too_large_or_empty(refused, folder):
+    assert "--val-size is below 2200" in refused("shapes", val_size=2200)
+    assert "--test-size at most 8" in refused(folder, test_size=9)
+    assert "CLASS/* or train/CLASS/*" in refused(folder / "test/cat")
 
 
 # ----------------------------------------------------------------------- torchvision's four formats
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """Serves tmp_path/elsewhere over HTTP, from this machine to itself."""
-    monkeypatch.setenv("no_proxy", "*")
-    (tmp_path / "elsewhere").mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler,
-                                directory=tmp_path / "elsewhere")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def write_cifar(root, monkeypatch, name, server):
-    """CIFAR's archive with 5 or 1 training files and a test file; returns pictures and labels."""
-    cls = getattr(torchvision.datasets, name)
-    fine = "labels" if name == "CIFAR10" else "fine_labels"
-    pictures, lists, archive = {}, {}, io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-        def add(file, content):
-            raw = pickle.dumps(content)
-            info = tarfile.TarInfo(f"{cls.base_folder}/{file}")
-            info.size = len(raw)
-            tar.addfile(info, io.BytesIO(raw))
-            return [file, hashlib.md5(raw).hexdigest()]
-        for part in ("train_list", "test_list"):
-            lists[part] = []
-            for file, _ in getattr(cls, part):
-                x = RNG.integers(0, 256, (4, 3072), dtype=np.uint8)
-                y = RNG.integers(0, 10, 4).tolist()
-                lists[part].append(add(file, {"data": x, fine: y}))
-                pictures.setdefault(part, []).append((x, y))
-        classes = [f"class{i}" for i in range(10)]
-        meta = add(cls.meta["filename"], {cls.meta["key"]: classes})
-    (root / "elsewhere" / cls.filename).write_bytes(archive.getvalue())
-    monkeypatch.setattr(cls, "url", f"{server}/{cls.filename}")
-    monkeypatch.setattr(cls, "tgz_md5", hashlib.md5(archive.getvalue()).hexdigest())
-    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": meta[1]})
-    for part, files in lists.items():
-        monkeypatch.setattr(cls, part, files)
-    return {part: (np.concatenate([x for x, _ in p]).reshape(-1, 3, 32, 32),
-                   sum((y for _, y in p), []))
-            for part, p in pictures.items()}
-
-
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
-def test_cifar_is_downloaded_and_read(tmp_path, monkeypatch, name, server):
-    pictures = write_cifar(tmp_path, monkeypatch, name, server)
-    train, test, classes = data.read_torchvision(name.lower(), str(tmp_path / "data"))
-    for part, (x, y) in (("train_list", train), ("test_list", test)):
-        assert x.dtype == torch.uint8 and y.dtype == torch.int64
-        assert np.array_equal(x, pictures[part][0]) and y.tolist() == pictures[part][1]
-    assert classes == [f"class{i}" for i in range(10)]
-    assert data.load_data(data_options(name.lower(), tmp_path / "data", 2)).flip
+def test_cifar(tmp_path, monkeypatch, name):
+    """With an MD5 of None torchvision takes a file as it is, and downloads nothing."""
+    cls, images = getattr(torchvision.datasets, name), {}
+    folder = tmp_path / "cache" / cls.base_folder
+    folder.mkdir(parents=True)
+    for part in ("train_list", "test_list"):
+        x = RNG.integers(0, 256, (len(getattr(cls, part)), 4, 3072), dtype=np.uint8)
+        y = RNG.integers(0, 10, (len(x), 4)).tolist()
+        for (file, _), a, b in zip(getattr(cls, part), x, y):
+            labels = {"labels" if name == "CIFAR10" else "fine_labels": b}
+            (folder / file).write_bytes(pickle.dumps(dict(data=a) | labels))
+        images[part] = x.reshape(-1, 3, 32, 32), sum(y, [])
+        monkeypatch.setattr(cls, part, [[file, None] for file, _ in getattr(cls, part)])
+    names = {cls.meta["key"]: [f"class{i}" for i in range(10)]}
+    (folder / cls.meta["filename"]).write_bytes(pickle.dumps(names))
+    monkeypatch.setattr(cls, "meta", cls.meta | dict(md5=None))
+    data = load(name.lower(), tmp_path)
+    for part, (x, y, *_) in (("train_list", data.train), ("test_list", data.test)):
+        assert x.dtype == torch.uint8 and y.dtype == torch.int64 and x.is_contiguous()
+        assert np.array_equal(x, images[part][0]) and y.tolist() == images[part][1]
+    assert data.classes == [f"class{i}" for i in range(10)]
+    assert data.flip and not load(name.lower(), tmp_path, no_flip=True).flip
+    assert load(name.lower(), tmp_path, image_size=48).val[0].shape == (1, 3, 48, 48)
+
+
+def test_a_failed_download_names_the_file_to_delete(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/x.tar.gz")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/cifar-10-python.tar.gz").write_text("an interrupted download")
+    message = refused("cifar10")
+    assert "cifar-10-python.tar.gz" in message and str(tmp_path / "cache") in message
+    assert "delete it" in message and "--dataset shapes" in message
 
 
 def test_stl10(tmp_path, monkeypatch):
-    cls, folder = torchvision.datasets.STL10, tmp_path / torchvision.datasets.STL10.base_folder
-    folder.mkdir()
-    x = RNG.integers(0, 256, (6, 3, 96, 96), dtype=np.uint8)  # on disk, columns come before rows
-    y = np.arange(1, 7, dtype=np.uint8)
-    files = {}
-    for name in ("train_X", "train_y", "test_X", "test_y", "unlabeled_X"):
-        (x.transpose(0, 1, 3, 2) if name.endswith("X") else y).tofile(folder / f"{name}.bin")
-        files[name] = hashlib.md5((folder / f"{name}.bin").read_bytes()).hexdigest()
-    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
-    (folder / "fold_indices.txt").write_text("")
-    listed = [[f"{n}.bin", files[n]] for n in ("train_X", "train_y", "unlabeled_X")]
-    monkeypatch.setattr(cls, "train_list", listed)
-    monkeypatch.setattr(cls, "test_list", [[f"{n}.bin", files[n]] for n in ("test_X", "test_y")])
-    train, test, classes = data.read_torchvision("stl10", str(tmp_path))
-    assert np.array_equal(train[0], x) and train[1].tolist() == list(range(6))
-    assert np.array_equal(test[0], x) and classes == list("abcdefghij")
-
-
-def write_svhn(root, monkeypatch):
-    cls = torchvision.datasets.SVHN
-    lists = {}
-    for split in ("train", "test"):
-        (root / f"{split}_32x32.mat").write_bytes(split.encode())
-        md5 = hashlib.md5(split.encode()).hexdigest()
-        lists[split] = [cls.split_list[split][0], f"{split}_32x32.mat", md5]
-    monkeypatch.setattr(cls, "split_list", lists)
+    cls, x = torchvision.datasets.STL10, RNG.integers(0, 256, (6, 3, 96, 96), dtype=np.uint8)
+    (tmp_path / "cache" / cls.base_folder).mkdir(parents=True)
+    files = {"class_names.txt": b"a\nb\nc\nd\ne\nf\ng\nh\ni\nj", "fold_indices.txt": b""}
+    for part in ("train", "test", "unlabeled"):  # on disk, columns come before rows
+        files |= {f"{part}_X.bin": x.transpose(0, 1, 3, 2).tobytes(),
+                  f"{part}_y.bin": np.arange(1, 7, dtype=np.uint8).tobytes()}
+    for name, content in files.items():
+        (tmp_path / "cache" / cls.base_folder / name).write_bytes(content)
+    for part in ("train_list", "test_list"):
+        monkeypatch.setattr(cls, part, [[file, None] for file, _ in getattr(cls, part)])
+    data = load("stl10", tmp_path)
+    assert np.array_equal(data.train[0], x) and data.train[1].tolist() == list(range(6))
+    assert np.array_equal(data.test[0], x) and data.classes == list("abcdefghij") and data.flip
+    assert load("stl10", tmp_path, image_size=32).train[0].shape == (6, 3, 32, 32)
 
 
 def test_svhn(tmp_path, monkeypatch):
-    """SciPy, which parses .mat files for torchvision, is replaced: the rest is tested."""
-    write_svhn(tmp_path, monkeypatch)
-    x = RNG.integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)  # as MATLAB keeps it; 10 is digit 0
-    scipy, sio = types.ModuleType("scipy"), types.ModuleType("scipy.io")
-    y = np.array([[1], [10], [3], [9]], np.uint8)
-    scipy.io, sio.loadmat = sio, lambda path: {"X": x, "y": y}
-    monkeypatch.setitem(sys.modules, "scipy", scipy)
-    monkeypatch.setitem(sys.modules, "scipy.io", sio)
-    train, test, classes = data.read_torchvision("svhn", str(tmp_path))
-    assert np.array_equal(train[0], x.transpose(3, 2, 0, 1)) and train[1].tolist() == [1, 0, 3, 9]
-    assert classes == list("0123456789")
-    assert not data.load_data(data_options("svhn", tmp_path)).flip
+    scipy_io = pytest.importorskip("scipy.io")
+    cls, x = torchvision.datasets.SVHN, RNG.integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
+    (tmp_path / "cache").mkdir()
+    for part in ("train", "test"):  # as MATLAB keeps them; 10 is digit 0
+        scipy_io.savemat(tmp_path / f"cache/{part}_32x32.mat", {
+            "X": x, "y": np.array([[1], [10], [3], [9]], np.uint8)})
+    monkeypatch.setattr(cls, "split_list", {
+        part: [*files[:2], None] for part, files in cls.split_list.items()})
+    data = load("svhn", tmp_path)
+    assert np.array_equal(data.train[0], x.transpose(3, 2, 0, 1))
+    assert data.train[1].tolist() == data.test[1].tolist() == [1, 0, 3, 9]
+    assert data.classes == list("0123456789") and not data.flip
 
 
-def test_svhn_without_scipy(tmp_path, monkeypatch):
-    write_svhn(tmp_path, monkeypatch)
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(common.UserError, match="pip install scipy"):
-        data.read_torchvision("svhn", str(tmp_path))
+# ------------------------------------------------------------------------------ folders of images
+def test_a_folder_is_decoded_once_and_mapped_into_memory(folder, tmp_path, capsys, monkeypatch):
+    data = load(folder, tmp_path)
+    assert "decoding 16 images of 32x32 pixels" in capsys.readouterr().out
+    x, y, _ = data.train
+    assert data.classes == ["cat", "dog"] and y.tolist() == [0] * 8 + [1] * 8 and data.flip
+    assert is_that_of(folder / "train/dog/1.png", x[9])
+    assert is_that_of(folder / "test/dog/0.png", data.test[0][4])
+    assert {0, 1} == set(load(folder, tmp_path, test_size=4).test[1].tolist())  # chosen at random
+    if (maps := Path("/proc/self/maps")).exists():
+        assert str(tmp_path / "cache/images-") in maps.read_text()
+    opened, genuine = [], common.open_image
+    monkeypatch.setattr(common, "open_image", lambda path: opened.append(path) or genuine(path))
+    again = load(folder, tmp_path)
+    assert not opened and "decoding" not in capsys.readouterr().out
+    assert torch.equal(again.train[0], x) and torch.equal(again.test[0], data.test[0])
+    draw(folder / "train/cat/3.png", (1, 2, 3))  # a change
+    assert load(folder, tmp_path).train[0][3, :, 5, 5].tolist() == [1, 2, 3] and opened
+    opened.clear()
+    os.utime(folder / "train/cat/3.png", (0, 0))  # even to a file of the same size
+    assert torch.equal(load(folder, tmp_path).train[0][4:], x[4:]) and opened
 
 
-@pytest.mark.parametrize("fault", ["missing", "cut short"])
-@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
-def test_a_failed_download_names_the_file_the_folder_and_shapes(tmp_path, monkeypatch, name, fault,
-                                                                server):
-    write_cifar(tmp_path, monkeypatch, name, server)
-    cls = getattr(torchvision.datasets, name)
-    file = tmp_path / "elsewhere" / cls.filename
-    file.unlink() if fault == "missing" else file.write_bytes(file.read_bytes()[:-50])
-    with pytest.raises(common.UserError) as error:
-        data.read_torchvision(name.lower(), str(tmp_path / "data"))
-    message = str(error.value)
-    assert "\n" not in message and "--data-dir" in message and "--dataset shapes" in message
-    assert cls.filename in message and str(tmp_path / "data") in message
+def test_two_processes_can_decode_at_once(folder, tmp_path, monkeypatch):
+    """While this one decodes, another starts, and finishes first."""
+    genuine, inside = common.open_image, []
+
+    def open_image(path):
+        if path.match("train/cat/5.png") and not inside:
+            inside.append(path)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                load(folder, tmp_path)
+        return genuine(path)
+    monkeypatch.setattr(common, "open_image", open_image)
+    data = load(folder, tmp_path)
+    assert inside and len(list((tmp_path / "cache").iterdir())) == 2  # of training and test images
+    assert is_that_of(folder / "train/dog/7.png", data.train[0][15])
 
 
-def test_the_files_named_in_messages_are_torchvisions():
-    for name, (cls, _, _, files) in data.TORCHVISION.items():
-        cls = getattr(torchvision.datasets, cls)
-        expected = getattr(cls, "filename", None) or " and ".join(
-            cls.split_list[part][1] for part in ("train", "test"))
-        assert files == expected
+def test_images_of_any_kind(folder, tmp_path):
+    palette = Image.new("P", (32, 32), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    turned, exif = Image.new("RGB", (32, 32), (0, 0, 250)), Image.Exif()
+    turned.paste((250, 0, 0), (0, 0, 16, 32))  # red on the left
+    exif[0x0112] = 6  # which a viewer turns clockwise: red at the top
+    images = {
+        "grey.png": (77, Image.new("L", (32, 32), 77), {}),
+        "grey16.png": (128, Image.fromarray(np.full((32, 32), 32896, np.uint16)), {}),
+        "grey16.tif": (255, Image.fromarray(np.full((32, 32), 65535, np.uint16)), {}),
+        "rgba.png": ([255, 127, 127], Image.new("RGBA", (32, 32), (255, 0, 0, 128)), {}),
+        "la.png": (255, Image.new("LA", (32, 32), (9, 0)), {}),
+        "palette.png": ([10, 20, 30], palette, {}),
+        "see-through.png": (255, palette, dict(transparency=1)),
+        "cmyk.JPEG": (255, Image.new("CMYK", (32, 32), (0, 0, 0, 0)), {}),
+        "turned.png": ([250, 0, 0], turned, dict(exif=exif))}
+    for name, (_, image, more) in images.items():
+        image.save(folder / "train/cat" / name, **more)
+    x = load(folder, tmp_path).train[0]
+    names = sorted(path.name for path in (folder / "train/cat").iterdir())
+    for name, (value, *_) in images.items():
+        pixel = x[names.index(name), :, 4, 20].numpy()
+        assert np.abs(pixel.astype(int) - value).max() <= 1, name
 
 
-# ---------------------------------------------------------------------------- folders of pictures
-
-def read(folder, tmp_path):
-    return data.read_folder(data_options(folder, tmp_path / "cache"))
-
-
-def test_a_folder_is_decoded_once(folder, tmp_path, capsys):
-    (x, y), (x_test, y_test), classes = read(folder, tmp_path)
-    assert "decoding 24 pictures" in capsys.readouterr().out
-    assert classes == ["cat", "dog"] and y.tolist() == [0] * 8 + [1] * 8 and len(y_test) == 8
-    assert np.array_equal(x[9].permute(1, 2, 0), np.asarray(Image.open(folder / "train/dog/1.png")))
-    picture = np.asarray(Image.open(folder / "test/cat/0.png"))
-    assert np.array_equal(x_test[0].permute(1, 2, 0), picture)
-    again = read(folder, tmp_path)
-    assert "decoding" not in capsys.readouterr().out  # from the cache
-    assert torch.equal(again[0][0], x) and torch.equal(again[1][0], x_test)
+def test_all_images_are_resized_and_cropped_to_the_size_of_the_first(folder, tmp_path):
+    wide = Image.new("RGB", (128, 64), (255, 0, 0))
+    wide.paste((0, 0, 255), (32, 0, 96, 64))  # the middle half
+    for name in ("train/cat/1.png", "test/cat/1.png"):
+        wide.save(folder / name)
+    draw(folder / "test/cat/2.png", (1, 2, 3), (20, 50))  # what is too small is enlarged
+    data = load(folder, tmp_path)
+    for x in (data.train[0][1], data.test[0][1]):
+        assert (x[2, :, 2:-2] > 250).all() and (x[0, :, 2:-2] < 5).all()
+    for first, size in (((20, 90), 32), ((50, 40), 40), ((300, 200), 128)):
+        draw(folder / "train/cat/0.png", (1, 2, 3), first)
+        assert {x.shape[2:] for x, *_ in load(folder, tmp_path)[:3]} == {(size, size)}
+    assert load(folder, tmp_path, image_size=36).test[0].shape[2:] == (36, 36)
 
 
-def test_the_cache_is_made_again_when_a_picture_changes_or_it_is_damaged(folder, tmp_path, capsys):
-    read(folder, tmp_path)
-    new = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(new).save(folder / "train/cat/0.png")
-    assert np.array_equal(read(folder, tmp_path)[0][0][0].permute(1, 2, 0), new)
-    for cache in (tmp_path / "cache").iterdir():
-        cache.write_bytes(cache.read_bytes()[:1000])
-    capsys.readouterr()
-    assert np.array_equal(read(folder, tmp_path)[0][0][0].permute(1, 2, 0), new)
-    assert "decoding" in capsys.readouterr().out
+def test_left_and_right_arrows_are_told_apart_without_mirroring(folder, tmp_path):
+    for path in (folder / "train").rglob("*.png"):
+        image = Image.new("RGB", (32, 32), "black")
+        image.paste("white", (0, 0, 16, 32) if path.parent.name == "cat" else (16, 0, 32, 32))
+        image.save(path)
+    for no_flip in (True, False):
+        data, args = load(folder, tmp_path, no_flip=no_flip), data_options(batch_size=15, epochs=9)
+        right = torch.cat([(x[:, 0, 16, 24] > 0.5).long() == y for epoch in range(9)
+                           for x, y in common.batches(data, args, epoch)]).float().mean()
+        assert right == 1 if no_flip else 0.3 < right < 0.7
 
 
-def test_grey_pictures_and_a_val_folder(folder, tmp_path):
-    (folder / "test").rename(folder / "val")
-    Image.new("L", (32, 32), 77).save(folder / "val/cat/grey.png")
-    _, (x, y), _ = read(folder, tmp_path)
-    assert len(y) == 9 and (x[4] == 77).all()
+# ----------------------------------------------------------------------------- layouts of a folder
+@pytest.mark.parametrize("name", ["test", "val", "validation"])
+def test_names_of_the_test_folder(folder, tmp_path, name):
+    """Where there are several, the first of these. ImageNet's test/ is unlabelled."""
+    if name == "test":
+        shutil.copytree(folder / "test", folder / "val")
+    else:
+        (folder / "test").rename(folder / name)
+        draw(folder / "test/ILSVRC2012_test_1.png", (7, 7, 7))
+        draw(folder / "test/unknown/ILSVRC2012_test_2.png", (7, 7, 7))
+    draw(folder / name / "cat/0.png", (1, 2, 3))
+    data = load(folder, tmp_path)
+    assert len(data.train[1]) == 16 and data.test[1].tolist() == [0] * 4 + [1] * 4
+    assert data.test[0][0, :, 5, 5].tolist() == [1, 2, 3]
 
 
-def test_a_test_class_keeps_the_number_it_has_in_training(folder, tmp_path):
-    shutil.rmtree(folder / "test/cat")
-    _, (_, y), _ = read(folder, tmp_path)
-    assert y.tolist() == [1] * 4
+def test_class_folders_alone(tmp_path, capsys):
+    """A seventh is set aside for the test: always the same, and in no other part. The classes are
+    in alphabetical order."""
+    for i, name in enumerate(("1", "10", "2")):
+        for j in range(14):
+            draw(tmp_path / f"numbers/{name}/{j}.png", (i, j, 9))
+    data, again = (load(tmp_path / "numbers", tmp_path, seed=seed) for seed in (0, 1))
+    assert "has no test images: 6, always the same" in capsys.readouterr().out
+    assert data.classes == ["1", "10", "2"] and torch.equal(data.test[0], again.test[0])
+    colours = [{tuple(x.tolist()) for x in part[0][:, :, 5, 5]} for part in (data.train, data.test)]
+    assert len(colours[0]) == 36 and len(colours[1]) == 6 and not colours[0] & colours[1]
+    for x, y, *_ in (data.train, data.test):
+        assert torch.equal(x[:, 0, 5, 5].long(), y)
 
 
 def test_tiny_imagenet(tmp_path):
-    root = tmp_path / "tiny-imagenet-200"
-    for wnid in ("n01", "n02"):
-        (root / "train" / wnid / "images").mkdir(parents=True)
-        picture = Image.new("RGB", (64, 64), (1, 2, 3))
-        picture.save(root / "train" / wnid / "images" / f"{wnid}_0.JPEG")
-    (root / "val" / "images").mkdir(parents=True)
-    (root / "test" / "images").mkdir(parents=True)  # has no labels
+    root = tmp_path / "cache/tiny-imagenet-200"
+    for i, name in enumerate(("n01", "n02")):
+        draw(root / f"train/{name}/images/{name}_0.JPEG", (9, 9, 100 * i), (64, 64))
+        (root / f"train/{name}/{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t0\t62\t62\n")
     for i in range(3):
-        Image.new("RGB", (64, 64), (9, 9, i)).save(root / "val" / "images" / f"val_{i}.JPEG")
-    (root / "val" / "val_annotations.txt").write_text(
-        "".join(f"val_{i}.JPEG\t{wnid}\t0\t0\t62\t62\n"
-                for i, wnid in enumerate(["n02", "n01", "n02"])))
-    train, (x, y), classes = data.read_folder(data_options("tiny-imagenet", tmp_path))
-    assert classes == ["n01", "n02"] and train[0].shape == (2, 3, 64, 64)
-    assert x.shape == (3, 3, 64, 64) and y.tolist() == [1, 0, 1]
+        draw(root / f"val/images/val_{i}.JPEG", (9, 9, 100 * i), (64, 64))
+    draw(root / "test/images/test_0.JPEG", (9, 9, 9), (64, 64))  # has no labels
+    (root / "val/val_annotations.txt").write_text("".join(
+        f"val_{i}.JPEG\tn0{label}\t0\t0\t62\t62\n" for i, label in ((2, 2), (0, 1), (1, 2))))
+    data = load("tiny-imagenet", tmp_path)
+    assert data.classes == ["n01", "n02"] and data.train[0].shape == (2, 3, 64, 64) and data.flip
+    assert data.test[0][:, 2, 5, 5].tolist() == pytest.approx([200, 0, 100], abs=9)
+    assert data.test[1].tolist() == [1, 0, 1]
 
 
-def break_folder(folder, fault):
-    if fault == "no train":
-        shutil.rmtree(folder / "train")
-    elif fault == "no test":
-        shutil.rmtree(folder / "test")
-    elif fault == "empty class":
-        (folder / "train" / "bird").mkdir()
-    elif fault == "strange class":
-        (folder / "test" / "dog").rename(folder / "test" / "horse")
-    elif fault == "broken picture":
-        file = folder / "train/dog/3.png"
-        file.write_bytes(file.read_bytes()[:500])
-    elif fault == "no picture":
-        (folder / "train/dog/3.png").write_text("<html>")
-    elif fault == "sizes":
-        Image.new("RGB", (20, 40)).save(folder / "train/dog/3.png")
+def test_what_is_no_image_is_passed_over_and_counted(folder, tmp_path, capsys):
+    for name in (".ipynb_checkpoints/0.png", "__MACOSX/cat/0.png", "cat/deeper/UPPER.JPG"):
+        draw(folder / "train" / name, "red")
+    for name in ("cat/._0.png", "cat/.DS_Store", "dog/__MACOSX/0.png",
+                 "cat/notes.txt", "dog/0.heic", "dog/1.heic"):  # these three are counted
+        (folder / "train" / name).parent.mkdir(exist_ok=True)
+        (folder / "train" / name).write_text("no image")
+    data = load(folder, tmp_path)
+    assert data.classes == ["cat", "dog"] and torch.bincount(data.train[1]).tolist() == [9, 8]
+    out = capsys.readouterr().out
+    assert "skipped 3 files" in out and {".txt", ".heic"} == set(re.findall(r"\.(?!png)\w+", out))
 
 
-FAULTS = {"no train": "no folder .*train: .*train/CLASS",
-          "no test": "no folder .*val: .*test/CLASS",
-          "empty class": "bird", "strange class": "train/ lacks: horse",
-          "broken picture": r"dog/3.png cannot be used", "no picture": r"dog/3.png cannot be used",
-          "sizes": r"dog/3.png cannot be used .it is 20x40, others are 32x32: --image-size"}
+# ------------------------------------------------------------------------------------ bad folders
+def test_other_classes_in_train_and_test_are_refused(folder, refused):
+    (folder / "test/dog").rename(folder / "test/horse")
+    assert re.search(f"{folder}/test .*dog.*horse", refused(folder))
+    shutil.rmtree(folder / "test/horse")
+    assert "dog" in refused(folder)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_folder_gets_one_clear_line(folder, tmp_path, fault):
-    break_folder(folder, fault)
-    with pytest.raises(common.UserError, match=FAULTS[fault]) as error:
-        read(folder, tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_listed_picture_that_is_missing(tmp_path):
-    root = tmp_path / "tiny-imagenet-200"
-    (root / "train" / "n01").mkdir(parents=True)
-    Image.new("RGB", (64, 64)).save(root / "train" / "n01" / "0.JPEG")
-    (root / "val").mkdir()
-    (root / "val" / "val_annotations.txt").write_text("gone.JPEG\tn01\t0\t0\t62\t62\n")
-    with pytest.raises(common.UserError, match="gone.JPEG cannot be used .*No such file"):
-        data.read_folder(data_options("tiny-imagenet", tmp_path))
-
-
-def test_pictures_too_small_for_the_networks(folder, tmp_path):
-    for path in folder.rglob("*.png"):
-        Image.new("RGB", (32, 16)).save(path)
-    with pytest.raises(common.UserError, match="pictures of 32x16.*enlarge"):
-        data.load_data(data_options(folder, tmp_path, 2))
-
-
-def test_too_large_a_held_out_part(folder, tmp_path):
-    with pytest.raises(common.UserError, match="--val-size 16 leaves none of 16"):
-        data.load_data(data_options(folder, tmp_path, 16))
+@pytest.mark.parametrize("content", [b"", b"<html>", "cut short", "floating-point"])
+def test_a_broken_image_is_named(folder, tmp_path, refused, content):
+    path = folder / "train/dog/broken.tif"
+    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(path)
+    if content == "cut short":
+        path.write_bytes((folder / "train/dog/3.png").read_bytes()[:500])
+    elif content != "floating-point":
+        path.write_bytes(content)
+    message = refused(folder)
+    assert f"{path} cannot be used" in message and "repair or remove it" in message
+    assert (content == "floating-point") == ("floating-point" in message)
+    path.unlink()
+    assert len(load(folder, tmp_path).train[1]) == 16

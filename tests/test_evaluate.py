@@ -1,195 +1,416 @@
-"""evaluate.py through its command line, its attacks, its verdict on masking, and its pictures."""
+"""evaluate.py: command line, attacks, warnings, checklist, plots, and foreign checkpoints."""
 
+import copy
 import json
 import math
 import pickle
 import re
+import statistics
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
 
-import backward_smoothing
 import common
-import data
 import evaluate
-import kd_swa
-import models
-from bookkeeping import load_model
-from conftest import TINY, data_options
-from test_runs import one_line, weights
 
-FAST = ["--steps", "2", "--restarts", "2", "--attack", "pgd"]
+FAST = ["--attack", "pgd", "--steps", 2, "--restarts", 2]
+QUICK = ["--steps", 1, "--restarts", 1, "--apgd-steps", 2, "--queries", 5, "--n-examples", 9]
 EPS = 8 / 255
 
 
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    """`shapes` with 50 test images instead of 1000."""
+    draw = common.draw_shapes
+    monkeypatch.setattr(common, "draw_shapes", lambda n, seed, size=32: draw(n // 20, seed, size))
+    evaluate.test_images.cache_clear()
+
+
 @pytest.fixture
-def checkpoint(script, tmp_path):
-    options = ["--epochs", 1, "--lr-schedule", "piecewise", "--batch-size", 64, "--out", "run"]
-    script(backward_smoothing, *TINY, *options)
-    return tmp_path / "run/best.pt"
+def run(script):
+    """run(options) -> (output, result), where evaluate.py is to succeed; or its one line."""
+    def call(*options, fails=None):
+        status, out, err = script(evaluate, *options)
+        if fails:
+            assert status == 2 and err.count("\n") == 1 and err.startswith("error: "), err
+            return err
+        assert status == 0, err
+        folder = out.splitlines()[-1].removeprefix("see ")
+        with open(f"{folder}/result.json") as file:
+            return out, json.load(file)
+    return call
 
 
-def result(tmp_path, folder="runs/evaluation-1"):
-    return json.loads((tmp_path / folder / "result.json").read_text())
+def some_network(seed=0, classes=10, arch="resnet10"):
+    """A small network whose BatchNorm statistics are not those of a fresh one, in eval mode."""
+    torch.manual_seed(seed)
+    model = common.Classifier(arch, classes, 16)
+    for _ in range(3):
+        model(torch.rand(16, 3, 32, 32) * torch.rand(16, 3, 1, 1))
+    return model.eval()
 
 
-def test_evaluate_needs_nothing_but_the_checkpoint(script, checkpoint, tmp_path):
-    status, out, err = script(evaluate, "run/best.pt", "run/last.pt", *FAST)
-    assert status == 0, err
-    head, *rows, last = out.splitlines()
-    assert len(rows) == 2 and len({len(line) for line in (head, *rows)}) == 1  # aligned
-    assert "PGD-2-2 %" in head and "clean %" in head
-    row = result(tmp_path)["rows"][0]
-    assert row["n"] == 50 and row["eps"] == 8
-    assert row["norm"] == "linf" and row["arch"] == "resnet10"
-    assert 0 <= row["PGD-2-2 %"] <= row["clean %"] <= 100
-    assert script(evaluate, "run/best.pt", *FAST)[0] == 0  # the next free folder
-    assert (tmp_path / "runs/evaluation-2/result.json").exists()
+def save(path, model, seed=0, **changes):
+    """Writes a checkpoint of ours."""
+    args = dict(method="fast_at", dataset="shapes", data_dir="data", image_size=None, eps=EPS,
+                norm="linf", seed=seed, out=str(path), lr=0.1) | changes.pop("args", {})
+    rows = [dict(epoch=e, lr=0.1, loss=2 / e + seed, seconds=1.0, val_clean=50.0 + e + seed,
+                 val_pgd=30.0 + e + seed) for e in (1, 2, 3)]
+    path.parent.mkdir(exist_ok=True, parents=True)
+    torch.save(dict(model=model.state_dict(), mean=model.mean, std=model.std, rows=rows, epoch=3,
+                    options=model.options, args=args, classes=list(common.SHAPES)) | changes, path)
+    return str(path)
 
 
-def test_the_default_attacks(script, checkpoint, tmp_path):
-    """Clean, PGD and AutoAttack-lite; and the last is an attack on what is right alone."""
-    options = ["--steps", 2, "--restarts", 1, "--apgd-steps", 2, "--eps", 1, "--n-examples", 20]
-    assert script(evaluate, "run/best.pt", *options)[0] == 0
-    row = result(tmp_path)["rows"][0]
+@pytest.fixture
+def ours(tmp_path):
+    return save(tmp_path / "run/best.pt", some_network())
+
+
+class Plane(nn.Module):
+    """Logits W x, whose distances to the boundary are known. Quantised, it sees images in nine
+    steps, so that the gradient is 0 and the network as weak as before; saturated, its softmax
+    leaves no gradient; broken, its logits are finite and its gradients not."""
+
+    def __init__(self, weight, kind=""):
+        super().__init__()
+        self.weight, self.kind = nn.Parameter(weight), kind
+
+    def forward(self, x):
+        logits = ((x * 8).round() / 8 if self.kind == "quantised" else x).flatten(1) @ self.weight.T
+        return {"saturated": 1e5 * logits, "random": logits + 0.01 * torch.randn_like(logits),
+                "broken": logits + (0 * logits).abs().sqrt()}.get(self.kind, logits)
+
+
+def plane(n=30, classes=10, size=8, kind=""):
+    """A network, images x uint8 and what it takes them for."""
+    torch.manual_seed(4)
+    weight = torch.randn(classes, 3 * size * size)
+    model = Plane(weight - weight.mean(1, keepdim=True), kind)
+    x = (torch.rand(n, 3, size, size) * 127 + 64).byte()
+    with torch.no_grad():
+        return model, x, model(x / 255).argmax(1)
+
+
+def checkpoint_of(model, x, y, *options, norm="linf", eps=EPS):
+    """A Checkpoint of any network, as if it had been loaded."""
+    found = object.__new__(evaluate.Checkpoint)
+    args = evaluate.parse_args(["x.pt", *map(str, options)])
+    vars(found).update(
+        path="x.pt", args=args, model=model, x=x, y=y, norm=norm, eps=eps, trained={}, ours=True,
+        run="x",
+        classes=[str(i) for i in range(10)], epoch=0, log=[], name="x",
+        about=dict(checkpoint="x.pt", dataset="plane", arch="plane", normalisation="none"))
+    return found
+
+
+# ------------------------------------------------------------------------------- the command line
+def test_the_defaults_and_the_result(run, ours, tmp_path):
+    """The columns, one unit for every eps, and the accuracy of each class."""
+    out, result = run(ours, "--eps", 4, "--apgd-steps", 2, "--n-examples", 20, "--steps", 2,
+                      "--restarts", 1, "--alpha", 1)
+    row, = result["rows"]
     assert list(row) == ["checkpoint", "dataset", "arch", "normalisation", "n", "eps", "norm",
                          "clean %", "PGD-2-1 %", "AA-lite %", "worst case %", "zero gradients %",
                          "seconds"]
-    assert row["worst case %"] <= min(row["PGD-2-1 %"], row["AA-lite %"]) <= row["clean %"]
+    assert row["worst case %"] <= min(row["PGD-2-1 %"], row["AA-lite %"]) <= row["clean %"] <= 100
+    assert row["n"] == 20 and row["normalisation"] == "of the run" and row["arch"] == "resnet10"
+    assert row["eps"] == result["args"]["eps"] == pytest.approx(4)
+    assert result["args"]["alpha"] == pytest.approx(1)
+    x, y, classes = evaluate.test_images("shapes", "data", None, "cpu")
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))[:20]
+    counts = y[order].bincount(minlength=10).tolist()
+    for column in ("clean %", "worst case %"):
+        parts = [result["classes"][0].get(name, {column: 0})[column] * n / 20
+                 for name, n in zip(classes, counts)]
+        assert sum(parts) == pytest.approx(row[column])
+    assert (tmp_path / "runs/evaluation-1/result.json").exists()
     args = evaluate.parse_args(["x.pt"])
-    assert (args.steps, args.restarts, args.apgd_steps) == (50, 10, 100)
+    assert (args.steps, args.restarts, args.apgd_steps, args.start) == (50, 10, 100, "uniform")
+    assert args.attack == ["pgd", "lite"]
+    assert evaluate.parse_args(["x.pt", "--start", "zero"]).restarts == 1
 
 
-def test_every_attack_has_its_column(script, checkpoint, tmp_path):
-    options = ["--steps", 1, "--restarts", 1, "--apgd-steps", 2, "--queries", 5, "--n-examples", 9]
-    status, out, err = script(evaluate, "run/best.pt", "--attack", *evaluate.ATTACKS, *options,
-                              "--surrogate", "run/last.pt", "run/best.pt", "--markdown")
-    assert status == 0, err
-    row = result(tmp_path)["rows"][0]
-    for name in ("PGD-1-1 %", "margin-PGD-1-1 %", "AA-lite %", "Square-5 %", "CW-L2 %",
-                 "CW-L2 mean distance", "RayS-5 %", "ADBD", "transfer 1 %", "transfer 2 %"):
-        assert math.isfinite(row[name])
+def test_every_attack_has_its_column(run, ours):
+    out, result = run(ours, "--attack", "pgd", "margin", "lite", "square", "cw", "rays", *QUICK,
+                      "--surrogate", ours, ours, "--markdown", "--checklist")
+    row, = result["rows"]
+    for name in ("PGD-1-1 %", "margin-PGD-1-1 %", "AA-lite %", "Square-5 %", "CW-L2 %", "RayS-5 %",
+                 "transfer 1 %", "transfer 2 %", "worst case %"):
+        assert 0 <= row[name] <= row["clean %"]
+    assert "CW-L2 mean distance" in row and "ADBD" in row
+    assert row["transfer 1 %"] == row["PGD-1-1 %"]  # a network is its own best surrogate
     lines = [line for line in out.splitlines() if line.startswith("|")]
     assert len(lines) == 3 and len({line.count("|") for line in lines}) == 1
     assert "| AA-lite % |" in lines[0] and set(lines[1]) == set("|- ")
-    script(evaluate, "run/best.pt", "--attack", "none", "--out", "none")
-    assert not any("PGD" in key for key in result(tmp_path, "none")["rows"][0])
+    assert len(result["checklist"][0]) == 8 and {verdict for verdict, _, _ in
+                                                 result["checklist"][0]} <= {"pass", "WARN"}
+    assert len(re.findall(r"^  (pass|WARN)  \w", out, re.M)) == 8
+    _, result = run(ours, "--attack", "none")
+    assert not [name for name in result["rows"][0] if "PGD" in name or "AA" in name]
 
 
-def test_the_schema_of_the_result(script, checkpoint, tmp_path):
-    script(evaluate, "run/best.pt", *FAST, "--checklist", "--apgd-steps", 2, "--queries", 5,
-           "--n-examples", 6, "--plots", "alignment", "--out", "all")
-    found = result(tmp_path, "all")
-    assert set(found) == {"command", "args", "rows", "checklist", "plots"}
-    assert found["command"].startswith("evaluate.py run/best.pt --steps 2")
-    assert found["args"]["queries"] == 5 and len(found["rows"]) == 1
-    verdict, claim, figures = found["checklist"][0][0]
-    assert verdict in ("pass", "WARN") and "gradient-free" in claim and "%" in figures
-    assert -1 <= found["plots"]["alignment"][0]["gradient alignment"] <= 1
+def test_attacks_do_not_depend_on_each_other(run, ours):
+    """Each has noise of its own, and a second call gives the same."""
+    options = ["--apgd-steps", 3, "--steps", 2, "--restarts", 2, "--queries", 9, "--eps", 1]
+    alone = run(ours, "--attack", "lite", *options)[1]["rows"][0]
+    among = [run(ours, "--attack", "pgd", "square", "lite", *options)[1]["rows"][0] for _ in "12"]
+    assert alone["AA-lite %"] == among[0]["AA-lite %"]
+    assert among[0] | dict(seconds=0) == among[1] | dict(seconds=0)
 
 
-def test_evaluate_is_deterministic_and_its_options_count(script, checkpoint, tmp_path):
-    def row(*options):
-        assert script(evaluate, "run/best.pt", *FAST, *options)[0] == 0
-        folder = max((tmp_path / "runs").iterdir(), key=lambda p: int(p.name.split("-")[1]))
-        row = json.loads((folder / "result.json").read_text())["rows"][0]
-        return {key: value for key, value in row.items() if key != "seconds"}
-    assert row() == row()
-    every = ["--attack", *evaluate.ATTACKS, "--queries", 9, "--apgd-steps", 3, "--n-examples", 9]
-    assert row(*every) == row(*every)
-    assert row("--n-examples", 7)["n"] == 7
-    other = row("--eps", "255", "--norm", "l2")
-    assert other["eps"] == 255 and other["norm"] == "l2"
-    harmless = row("--eps", "0.0001")  # pixels
-    assert harmless["PGD-2-2 %"] == harmless["clean %"]
-    assert row("--batch-size", 9)["clean %"] == row()["clean %"]
+def test_eps_0_is_0(run, ours):
+    for norm in ("linf", "l2"):
+        row, = run(ours, "--eps", 0, "--norm", norm, "--attack", "pgd", "square", *QUICK)[1]["rows"]
+        assert row["eps"] == 0 and row["PGD-1-1 %"] == row["Square-5 %"] == row["clean %"]
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", 8 / 255), ("l2", 200 / 255)])
-def test_dropping_what_is_fooled_changes_nothing(checkpoint, norm, eps):
-    """The same pictures stay right as when every restart attacks all of them."""
-    model, _ = load_model(checkpoint, "cpu")
-    x = data.load_data(data_options()).test[0].float() / 255
-    model.eval()
+@pytest.mark.parametrize("options, message", [
+    (["--norm", "l2"], "was not trained for the norm l2: add --eps"),
+    (["--mean", 125.3, 123, 113.9, "--std", 63, 62, 66], "divide by 255"),
+    (["--mean", 0.5, 0.5, 0.5], "--mean and --std go together"),
+    (["--restarts", 0], "--restarts"), (["--n-examples", -5], "--n-examples"),
+    (["--eps", 0.031], "did you mean 7.905"), (["--dataset", "cifra10"], "cifar10"),
+    (["--surrogate", "missing.pt"], "missing.pt"), (["--out", "run"], "run holds a result")])
+def test_mistakes_get_one_line(run, ours, tmp_path, options, message):
+    (tmp_path / "run/result.json").write_text("{}")
+    assert message in run(ours, *options, fails=True)
+    assert not (tmp_path / "runs").exists() and (tmp_path / "run/result.json").read_text() == "{}"
+
+
+def test_a_result_folder_belongs_to_one_evaluation(run, ours, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [str(evaluate.claim_folder(None)) for _ in "12"] == ["runs/evaluation-1",
+                                                               "runs/evaluation-2"]
+    (tmp_path / "there").mkdir()
+    run(ours, "--attack", "none", "--out", "there")
+    run(ours, "--attack", "none", "--out", "there", fails=True)
+
+
+def test_a_plot_that_fails_is_a_warning_and_the_result_is_there_before(run, ours, monkeypatch):
+    def plot(checkpoints):
+        with open("runs/evaluation-1/result.json") as file:
+            assert json.load(file)["rows"][0]["n"] == 50
+        raise RuntimeError("no LaTeX")
+    monkeypatch.setitem(evaluate.PLOTS, "logits", plot)
+    out, result = run(ours, *FAST, "--plots", "logits", "sheet", "--n-plot", 5)
+    assert "warning: the plot logits failed: no LaTeX" in out
+    assert list(result["plots"]) == ["sheet"] and "PGD-2-2 %" in result["rows"][0]
+
+
+def test_images_are_saved(run, ours, tmp_path):
+    out, result = run(ours, ours, "--attack", "none", "--save-images", 4)
+    saved = torch.load(tmp_path / "runs/evaluation-1/images.pt", weights_only=True)
+    assert saved["x"].shape == saved["x_adv"].shape == (4, 3, 32, 32)
+    assert 0 < (saved["x_adv"] - saved["x"]).abs().max() <= EPS + 1e-6
+    assert saved["x_adv"].min() >= 0 and saved["x_adv"].max() <= 1
     with torch.no_grad():
-        y = model(x).argmax(1)
-    x_adv = common.pgd_attack(model, x, y, eps, eps / 4, 1, 6, norm,
-                              generator=torch.Generator().manual_seed(0))
-    noise, right = torch.Generator().manual_seed(0), []
-    for _ in range(6):
-        all_adv = common.pgd_attack(model, x, y, eps, eps / 4, 1, 1, norm, generator=noise)
-        right.append(model(all_adv).argmax(1) == y)
-    assert torch.equal(model(x_adv).argmax(1) == y, torch.stack(right).all(0))
-    assert 0 < torch.stack(right).all(0).sum() < right[0].sum()  # restarts fool more
+        for images, name in (("x", "predictions"), ("x_adv", "predictions_adv")):
+            assert torch.equal(some_network()(saved[images]).argmax(1), saved[name])
+    assert saved["classes"] == list(common.SHAPES) and saved["y"].max() < 10
+    assert (tmp_path / "runs/evaluation-1/images-2.pt").exists() and "sheet" in result["plots"]
 
 
-# ----------------------------------------------------------------------------- the attacks' sense
-
-class Plane(models.Classifier):
-    """Logits W x, without normalisation: all distances are known."""
-
-    def __init__(self, weight):
-        super().__init__((0.0,) * 3, (1.0,) * 3)
-        self.weight = torch.nn.Parameter(weight)
-
-    def logits(self, x):
-        return x.flatten(1) @ self.weight.T
+# --------------------------------------------------------------------- runs that differ in the seed
+def seeds(tmp_path, **changes):
+    return [save(tmp_path / f"runs/fast_at-seed{i}/best.pt", some_network(i), i, **changes)
+            for i in range(3)]
 
 
-def plane(n=30, classes=10, size=8):
-    torch.manual_seed(4)
-    weight = torch.randn(classes, 3 * size * size)
-    model = Plane(weight - weight.mean(1, keepdim=True))
-    x = (torch.rand(n, 3, size, size) * 127 + 64).byte()
-    with torch.no_grad():
-        return model, x, model(x.float() / 255).argmax(1)
+def test_seeds_are_summed_up_in_a_row(run, tmp_path):
+    paths = seeds(tmp_path)
+    other = save(tmp_path / "runs/other/best.pt", some_network(7), 7, args=dict(lr=0.2))
+    last = save(tmp_path / "runs/fast_at-seed0/last.pt", some_network(8))
+    out, result = run(paths[2], other, paths[0], last, paths[1], *FAST)
+    assert [row["checkpoint"] for row in result["rows"]] == [paths[2], other, paths[0], last,
+                                                             paths[1]]
+    summary, = result["summary"]
+    values = [result["rows"][i]["PGD-2-2 %"] for i in (0, 2, 4)]
+    assert summary["PGD-2-2 %"] == pytest.approx(dict(mean=statistics.mean(values),
+                                                      std=statistics.stdev(values)))
+    assert summary["n"] == 50 and "fast_at/best.pt (3 seeds)" in summary["checkpoint"]
+    text = "{mean:.2f} +- {std:.2f}".format(**summary["PGD-2-2 %"])
+    assert text in out.splitlines()[-2]
+    assert len({len(line) for line in out.splitlines()[-7:-1]}) == 1  # aligned
+    assert text in run(*paths, *FAST, "--markdown")[0]
+
+
+def test_runs_on_different_data_are_never_averaged(run, tmp_path):
+    paths = seeds(tmp_path)[:1] + [save(tmp_path / "other/best.pt", some_network(1), 1,
+                                        args=dict(dataset="stl10"))]
+    assert run(*paths, "--dataset", "shapes", "--attack", "none")[1]["summary"] == []
+
+
+def test_seeds_are_one_line_with_a_band(run, tmp_path, monkeypatch):
+    seen, plot = [], evaluate.PLOTS["curves"]
+    monkeypatch.setitem(evaluate.PLOTS, "curves", lambda few: seen.append(plot(few)) or seen[0])
+    _, result = run(*seeds(tmp_path), "--attack", "none", "--plots", "curves")
+    *_, axes = seen[0][0].axes
+    line, = axes.lines
+    assert line.get_xydata().tolist() == [[1, 32], [2, 33], [3, 34]]
+    low, high = axes.collections[0].get_paths()[0].get_extents().get_points()
+    assert (low.tolist(), high.tolist()) == ([1, 31], [3, 35])
+    assert axes.texts[0].get_text() == "fast_at (3 seeds)"
+    assert [v["held-out PGD-10 %"][-1][1] for v in result["plots"]["curves"]] == [33, 34, 35]
+
+
+# ------------------------------------------------------------------------------------ the data set
+def test_classes_in_another_order_are_matched_by_name(run, tmp_path):
+    model, names, order = some_network(), list(common.SHAPES), torch.randperm(10)
+    save(tmp_path / "a.pt", model)
+    for weight in model.linear.parameters():
+        weight.data = weight.data[order]
+    save(tmp_path / "b.pt", model, classes=[names[i] for i in order])
+    out, result = run("a.pt", "b.pt", *FAST)
+    first, second = (row | dict(checkpoint=0, seconds=0) for row in result["rows"])
+    assert first == second and result["classes"][0] == result["classes"][1]
+    assert re.findall("(.*): .*same classes in another order", out) == ["b.pt"]
+
+
+def test_other_classes_are_noticed(run, tmp_path, folder):
+    save(tmp_path / "a.pt", some_network(), classes=["disc", "hoop", *list(common.SHAPES)[2:]])
+    out, _ = run("a.pt", "--attack", "none")
+    assert "warning: a.pt knows other classes than the data set: hoop instead of ring" in out
+    assert "a.pt knows 10 classes" in run("a.pt", "--dataset", "pets", fails=True)
+    for path in (folder / "train").rglob("*.png"):
+        path.write_bytes(b"")  # only the test images are decoded
+    save(tmp_path / "pets.pt", some_network(classes=2), classes=["cat", "dog"],
+         args=dict(dataset=str(folder)))
+    assert run("pets.pt", "--attack", "lite", "--apgd-steps", 2)[1]["rows"][0]["n"] == 8
+    assert "pets.pt cannot be a surrogate" in run("a.pt", "--surrogate", "pets.pt", fails=True)
+
+
+def test_data_of_another_machine_is_looked_for_here(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "test_images", lambda *args: seen.append(args) or (
+        torch.zeros(10, 3, 32, 32).byte(), torch.arange(10), list(common.SHAPES)))
+    (tmp_path / "here").mkdir()
+    for where in ("/gone", "here"):
+        save(tmp_path / "a.pt", some_network(), args=dict(dataset="cifar10", data_dir=where))
+        run("a.pt", "--attack", "none")
+        run("a.pt", "--attack", "none", "--data-dir", "mine")
+    assert [args[1] for args in seen] == ["data", "mine", "here", "mine"]
+
+
+# ---------------------------------------------------------------------------------------- warnings
+def test_a_network_that_answers_one_class_is_noticed(run, ours, tmp_path):
+    model = some_network()
+    model.linear.bias.data[3] += 1000
+    save(tmp_path / "one.pt", model)
+    out, _ = run("one.pt", "--attack", "none")
+    assert re.search("warning: one.pt: 10.0 % are right.* 100 % of the images get the same", out)
+
+
+def test_zero_gradients_are_noticed(run, ours, tmp_path):
+    model = some_network()
+    for weight in model.linear.parameters():
+        weight.data *= 1e6
+    save(tmp_path / "masked.pt", model)
+    out, result = run(ours, "masked.pt", "--attack", "none")
+    assert re.search(r"warning: masked.pt: [\d.]+ % of the input gradients are exactly 0", out)
+    assert result["rows"][0]["zero gradients %"] < 1 < result["rows"][1]["zero gradients %"]
+
+
+def test_networks_that_are_not_finite_are_refused_by_name(run, tmp_path, capsys):
+    model = some_network()
+    model.linear.bias.data[0] = math.nan
+    save(tmp_path / "nan.pt", model)
+    assert "nan.pt" in run("nan.pt", *FAST, fails=True)
+    with pytest.raises(SystemExit):
+        evaluate.evaluate(checkpoint_of(*plane(kind="broken")), [])
+    assert "x.pt: the input gradients are not finite" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- the attacks
+def no_gradient(monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: pytest.fail("gradient"))
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.03), ("l2", 0.5)])
 def test_square_fools_within_eps_and_without_a_gradient(monkeypatch, norm, eps):
     model, x, y = plane()
-    x = x.float() / 255
-    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: pytest.fail("gradient"))
-    monkeypatch.setattr(torch.Tensor, "backward", lambda *args: pytest.fail("gradient"))
-    seen = []
+    x, left, seen = x / 255, [], []
+    no_gradient(monkeypatch)
     model.register_forward_hook(lambda *args: seen.append(torch.is_grad_enabled()))
-    left = []
     for queries in (1, 20, 300):
-        x_adv = evaluate.square(model, x, y, eps, queries, norm, torch.Generator().manual_seed(0))
+        seen.clear()
+        x_adv = evaluate.square(model, x, y, eps, norm=norm, queries=queries,
+                                generator=torch.Generator().manual_seed(0))
+        assert len(seen) <= queries and not any(seen)
         distance = (x_adv - x).flatten(1).norm(math.inf if norm == "linf" else 2, dim=1)
         assert distance.max() <= eps + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
         left.append((model(x_adv).argmax(1) == y).sum())
-        assert len(seen) <= queries + 1 and not any(seen[:-1])
-        seen.clear()
     assert left[0] > left[2] and left[2] < 15
 
 
-def test_the_square_of_the_l2_attack():
-    for size in (3, 6, 7):
-        shape = evaluate.eta(size)
-        assert shape.shape == (size, size) and shape.norm().item() == pytest.approx(1)
-        assert (shape[:size // 2] > 0).all() and (shape[size // 2:] < 0).all()
+def test_a_tie_is_not_fooled():
+    """Square goes on where the margin is 0, and argmax still gives the right class."""
+    def model(x):
+        calls.append(len(x))
+        return torch.stack([x.mean((1, 2, 3)) * 0, x.mean((1, 2, 3)) * 0], 1)
+    calls, module = [], nn.Module()
+    module.forward = model
+    evaluate.square(module, torch.rand(3, 3, 8, 8), torch.zeros(3).long(), 0.1, queries=5)
+    assert calls == [3] * 5
 
 
 def test_rays_finds_the_boundary_without_a_gradient(monkeypatch):
-    """For two classes the distance in Linf is margin / |w|_1; RayS comes close, from above."""
+    """For two classes the distance in Linf is margin / |w|_1; bisected to 1e-3 in L2."""
     model, x, y = plane(20, classes=2, size=2)
-    x = x.float() / 255
+    x = x / 255
     w = (model.weight[1] - model.weight[0]).detach()
     exact = (x.flatten(1) @ w).abs() / w.abs().sum()
-    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: pytest.fail("gradient"))
+    no_gradient(monkeypatch)
     near = exact < 0.3  # beyond, the bounds of [0, 1] get in the way
-    few, many = (((evaluate.rays(model, x, y, n) - x).flatten(1).norm(math.inf, dim=1))[near]
+    few, many = ((evaluate.rays(model, x, y, queries=n) - x).flatten(1).norm(math.inf, dim=1)[near]
                  for n in (30, 400))
     assert near.sum() > 5 and (many >= exact[near] - 1e-6).all()
     assert (many <= few + 1e-6).all() and many.mean() < few.mean()
-    assert torch.allclose(many, exact[near], atol=4e-3)
+    assert torch.allclose(many, exact[near], atol=1e-3 / 12 ** 0.5)
+
+
+def test_rays_does_not_depend_on_the_batch_and_leaves_what_it_cannot_fool():
+    model, x, y = plane(12, classes=3, size=4)
+    x, y[3] = x / 255, 1
+    model.weight.data[2] = -100  # never the answer
+    whole = evaluate.rays(model, x, y, queries=60)
+    parts = [evaluate.rays(model, *part, queries=60) for part in zip(x.split(1), y.split(1))]
+    assert torch.allclose(whole, torch.cat(parts), atol=1e-6)
+    constant = Plane(torch.zeros(2, 48))
+    assert torch.equal(evaluate.rays(constant, x, torch.zeros(12).long(), queries=60), x)
+
+
+def test_distances():
+    """ADBD: over the images that are fooled, and 0 for those that are wrong anyway."""
+    model, x, y = plane(20, classes=2, size=2)
+    w = (model.weight[1] - model.weight[0]).detach()
+    exact = (x.flatten(1) / 255 @ w).abs() / w.abs().sum()
+    x, y, exact = (part[exact < 0.3] for part in (x, y, exact))
+    wrong = 1 - y[:1]
+    some = checkpoint_of(model, x, torch.cat([wrong, y[1:]]), "--attack", "rays", "cw", "--queries",
+                         300, "--batch-size", 4, eps=exact.median().item())
+    row, kept = evaluate.evaluate(some, [])
+    exact[0] = 0
+    assert row["ADBD"] == pytest.approx(255 * exact.mean().item(), abs=0.2)
+    assert row["RayS-300 %"] == pytest.approx(100 * (exact > some.eps).float().mean(), abs=6)
+    assert torch.equal(kept["worst case"], kept["rays"]) and 10 < row["RayS-300 %"] < 90
+    assert 0 < row["CW-L2 mean distance"] < 255
+    robust = checkpoint_of(Plane(torch.tensor([[1.0], [0]]).expand(2, 12) * 0), x, y * 0,
+                           "--attack", "rays", "cw", "--queries", 20)
+    row, _ = evaluate.evaluate(robust, [])
+    assert row["CW-L2 mean distance"] is None and row["ADBD"] is None
+    assert row["CW-L2 %"] == row["RayS-20 %"] == 100
+    assert "None" not in evaluate.table([row])
 
 
 def test_cw_finds_the_closest_point_behind_the_boundary():
     model, x, y = plane(20, classes=2, size=4)
-    x = x.float() / 255
+    x = x / 255
     w = (model.weight[1] - model.weight[0]).detach()
     exact = (x.flatten(1) @ w).abs() / w.norm()
     near = exact < 0.3  # with a constant of 0.1 the attack lets go of what is farther away
@@ -199,122 +420,83 @@ def test_cw_finds_the_closest_point_behind_the_boundary():
     assert (distance >= exact[near] - 1e-5).all() and (distance < 1.3 * exact[near] + 0.02).all()
 
 
-# -------------------------------------------------------------------------- the verdict on masking
-
-class Quantised(Plane):
-    """Sees pictures in nine steps: the gradient is 0 everywhere, the network as weak as before."""
-
-    def logits(self, x):
-        return super().logits((x * 8).round() / 8)
-
-
-class Saturated(Plane):
-    """So sure that the softmax leaves no gradient."""
-
-    def logits(self, x):
-        return 1e5 * super().logits(x)
-
-
-def subject(model, x, y):
-    args = evaluate.parse_args("x.pt --attack pgd lite square --queries 300 --steps 10 --restarts 2"
-                               " --apgd-steps 10".split())
-    found = evaluate.Subject("x.pt", model, dict(dataset="plane", arch="plane", normalisation=""),
-                             list("0123456789"), x, y, EPS, "linf")
-    row, kept = evaluate.evaluate(found, args, [])
-    return row, {claim: verdict for verdict, claim, _ in evaluate.checklist(found, args, row, kept)}
+# ------------------------------------------------------------------------------- gradient masking
+def verdicts(kind, *options, **changes):
+    model, x, y = plane(kind=kind, **changes)
+    some = checkpoint_of(model, x, y, "--checklist", "--queries", 300, "--steps", 10, "--restarts",
+                         2, "--apgd-steps", 10, *options)
+    row, kept = evaluate.evaluate(some, [])
+    return row, [(verdict, claim) for verdict, claim, _ in evaluate.checklist(some, row, kept)]
 
 
 def test_the_checklist_passes_an_honest_network():
-    row, verdicts = subject(*plane())
-    assert list(verdicts.values()) == ["pass", "----", "pass", "pass", "pass"]
-    assert row["zero gradients %"] == 0
+    row, found = verdicts("")
+    assert [verdict for verdict, _ in found] == 5 * ["pass"] and row["zero gradients %"] == 0
 
 
-@pytest.mark.parametrize("masked, warns", [(Quantised, ["gradient-free", "gradient is not 0"]),
-                                           (Saturated, ["gradient is not 0"])])
-def test_the_checklist_catches_masked_gradients(masked, warns):
-    model, x, _ = plane()
-    model = masked(model.weight.detach())
-    with torch.no_grad():
-        y = model(x.float() / 255).argmax(1)
-    row, verdicts = subject(model, x, y)
+@pytest.mark.parametrize("kind, options, warns", [
+    ("quantised", [], ["strongest", "not 0"]), ("saturated", [], ["not 0"]),
+    ("quantised", ["--attack", "rays", "--queries", 600], ["strongest"]),
+    ("random", [], ["not random"])])
+def test_the_checklist_catches_masked_gradients(kind, options, warns):
+    row, found = verdicts(kind, *options)
     for words in warns:
-        assert [verdict for claim, verdict in verdicts.items() if words in claim] == ["WARN"]
-    assert row["zero gradients %"] > 90
+        assert "WARN" in [verdict for verdict, claim in found if words in claim], found
+    if "rays" in options:
+        assert row["worst case %"] <= row["RayS-600 %"] < row["PGD-10-2 %"]
+        assert [verdict for verdict, claim in found if "strongest" in claim] == ["WARN"] * 2
 
 
-def test_transferred_attacks_are_made_on_the_surrogate(script, checkpoint, tmp_path):
-    """On itself a transferred attack is one restart of PGD; and the checklist reports it."""
-    options = [*FAST, "--n-examples", 20, "--apgd-steps", 2, "--queries", 5, "--restarts", 1]
-    status, out, _ = script(evaluate, "run/best.pt", *options, "--surrogate", "run/best.pt",
-                            "--checklist")
-    row = result(tmp_path)["rows"][0]
-    assert row["transfer 1 %"] == pytest.approx(row["PGD-2-1 %"], abs=15)
-    assert re.search(r"(pass|WARN)  transferred attacks", out)
-    assert re.search(r"(pass|WARN)  accuracy falls to 0 as eps grows: .* % at 8, .* % at 128", out)
+def test_the_checklists_pgd_sees_no_image_that_was_wrong_before():
+    model, x, y = plane()
+    y[:15] = (y[:15] + 1) % 10
+    some = checkpoint_of(model, x, y, "--checklist", *QUICK[:-2], eps=0.0)
+    row, kept = evaluate.evaluate(some, [])
+    lines = [figures for _, claim, figures in evaluate.checklist(some, row, kept)
+             if "grows" in claim or "steps" in claim]
+    assert row["clean %"] == 50 and lines[0].startswith("50.0 % at 0, 50.0 % at 0, ")
+    assert lines[1] == "50.0 % after 1, 50.0 % after 10, 50.0 % after 100"
 
 
-def test_a_surrogate_with_other_classes(script, checkpoint, folder, tmp_path):
-    script(backward_smoothing, "--dataset", "pets", "--arch", "resnet10", "--width", 8, "--epochs",
-           1, "--batch-size", 4, "--val-size", 4, "--out", "pets-run")
-    one_line(*script(evaluate, "run/best.pt", *FAST, "--surrogate", "pets-run/best.pt")[::2],
-             "pets-run/best.pt cannot be a surrogate: it knows other classes")
-
-
-def test_a_result_is_never_overwritten(script, checkpoint, tmp_path):
-    assert script(evaluate, "run/best.pt", "--attack", "none", "--out", "there")[0] == 0
-    before = (tmp_path / "there/result.json").read_bytes()
-    one_line(*script(evaluate, "run/best.pt", "--attack", "none", "--out", "there")[::2],
-             "there holds a result, never overwritten: take another --out")
-    assert (tmp_path / "there/result.json").read_bytes() == before
-
-
-def test_zero_gradients_are_noticed(script, checkpoint, tmp_path):
-    """Logits a million times larger saturate the softmax, so that no gradient is left to follow."""
-    state = torch.load(checkpoint, weights_only=True)
-    for name in ("linear.weight", "linear.bias"):
-        state["model"][name] *= 1e6
-    torch.save(state, tmp_path / "masked.pt")
-    out = script(evaluate, "run/best.pt", "masked.pt", *FAST)[1]
-    assert re.search(r"warning: masked.pt: \d.*exactly 0", out)
-    assert "warning: run/best.pt" not in out
-
-
-def test_fewer_classes_than_dlr_needs_are_said(script, folder, tmp_path):
-    script(backward_smoothing, "--dataset", "pets", "--arch", "resnet10", "--width", 8, "--epochs",
-           1, "--batch-size", 4, "--val-size", 4, "--out", "run")
-    out = script(evaluate, "run/best.pt", "--attack", "lite", "--apgd-steps", 2)[1]
-    assert "DLR needs 4 classes" in out and "took cross-entropy" in out
-
-
-# ---------------------------------------------------------------------------------------- pictures
-
-def test_every_picture_is_drawn(script, drawn, tmp_path):
-    options = [*TINY, "--epochs", 2, "--keep-epochs"]
-    script(backward_smoothing, *options, "--out", "bs")
-    script(kd_swa, *options, "--kd", "none", "--steps", 1, "--out", "kd")
-    assert (tmp_path / "kd/swa_epoch-2.pt").exists() and (tmp_path / "bs/epoch-1.pt").exists()
-    paths = ["bs/epoch-1.pt", "kd/swa_last.pt"]
-    status, out, err = script(evaluate, *paths, "--attack", "none", "--n-plot", 2, "--plots",
-                              "--out", "pictures")
-    assert status == 0, err
-    numbers = result(tmp_path, "pictures")["plots"]
-    assert list(numbers) == list(evaluate.PLOTS)
-    for name, values in numbers.items():
-        picture = matplotlib.image.imread(tmp_path / f"pictures/{name}.png")
+# ------------------------------------------------------------------------------------------- plots
+def test_every_plot_is_drawn(run, drawn, tmp_path, ours, monkeypatch):
+    monkeypatch.setattr(evaluate, "range", lambda *n: range(*n)[:2], raising=False)  # is faster
+    paths = [save(tmp_path / "bs/epoch-1.pt", some_network(1), epoch=1), ours]
+    out, result = run(*paths, "--attack", "none", "--n-plot", 2, "--plots", "--out", "plots")
+    assert set(result["plots"]) == set(evaluate.PLOTS), out
+    for name, values in result["plots"].items():
+        picture = matplotlib.image.imread(tmp_path / f"plots/{name}.png")
         assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.02, name  # not blank
         assert len(values) == 2 and out.count(f"\n{name}, ") == 2
-        assert all(math.isfinite(number) for value in values for number in value.values())
-    assert numbers["curves"][0]["last"] == numbers["curves"][0]["best held-out PGD-10 %"]
+        assert "NaN" not in json.dumps(values) and "Infinity" not in json.dumps(values)
 
 
-def test_the_weights_are_put_back(checkpoint):
-    model, settings = load_model(checkpoint, "cpu")
-    before = [weight.detach().clone() for weight in model.parameters()]
-    x, y = data.load_data(data_options()).test
-    found = evaluate.Subject("x.pt", model, settings, [], x[:2], y[:2], EPS, "linf")
-    evaluate.plot_weights([found], evaluate.parse_args(["x.pt"]))
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+def test_the_eps_curve_is_right_at_0():
+    """L2 with eps 0 was 0/0."""
+    model, x, y = plane()
+    y[:6] = (y[:6] + 1) % 10
+    for norm in ("linf", "l2"):
+        some = checkpoint_of(model, x, y, norm=norm, eps=0.05)
+        radii, shares = zip(*evaluate.robustness(some)["accuracy under PGD-20 (%)"])
+        assert radii[0] == 0 and shares[0] == 80 and list(shares) == sorted(shares)[::-1]
+
+
+def test_axes_do_not_exaggerate_and_names_do_not_overlap():
+    runs = [SimpleNamespace(run=f"run {i}", y=0.98 + i / 1000) for i in range(4)]
+    figure, _ = evaluate.line_plot(runs, lambda run: {"": [(1, run.y), (2, 0.98)]}, "epoch",
+                                   span=(0, 1))
+    axes, = figure.axes
+    low, high = axes.get_ylim()
+    assert low <= 0 and high >= 1
+    heights = sorted(text.xy[1] for text in axes.texts)
+    assert len(heights) == 4 and min(b - a for a, b in zip(heights, heights[1:])) > 0.05
+
+
+def test_fooled_counts_images_that_were_right():
+    model, x, y = plane(20)
+    wrong = checkpoint_of(model, x, (y + 1) % 10)
+    assert evaluate.sheet([wrong])[1] == [{"fooled %": 0}]
+    assert evaluate.sheet([checkpoint_of(model, x, y, eps=1.0)])[1] == [{"fooled %": 100}]
 
 
 def test_the_largest_eigenvalue_is_that_of_the_hessian():
@@ -322,118 +504,213 @@ def test_the_largest_eigenvalue_is_that_of_the_hessian():
     model, x, y = plane(4, size=2)
     model, x = model.double(), x.double() / 255
     found = evaluate.largest_eigenvalue(model, x, y, 200)
-    for i, p in enumerate(model(x).softmax(1)):
-        w = model.weight
-        hessian = w.T @ (p.diag() - p[:, None] * p) @ w
-        assert found[i].item() == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-3)
+    for value, p in zip(found, model(x).softmax(1)):
+        hessian = model.weight.T @ (p.diag() - p[:, None] * p) @ model.weight
+        assert value.item() == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-3)
 
 
-def test_curves_need_a_log(script, checkpoint, tmp_path):
-    torch.save(weights(checkpoint), tmp_path / "bare.pth")
-    options = ["--arch", "resnet10", "--width", 8, "--dataset", "shapes", "--attack", "none"]
-    one_line(*script(evaluate, "bare.pth", *options, "--plots", "curves")[::2],
-             "bare.pth comes without the log")
+# ------------------------------------------------- networks of the official repositories, as there
+def conv(before, after, size=3, stride=1):
+    return nn.Conv2d(before, after, size, stride, padding=size // 2, bias=False)
 
 
-# ---------------------------------------------------------------------- checkpoints from elsewhere
+class PreActBlock(nn.Module):
+    """The shortcut takes x (Wong, GradAlign, Fast-BAT, Backward Smoothing, RobustBench) or, with
+    `activated`, relu(bn1(x)) (Rice, KD-SWA, kuangliu, RobustBench's V2)."""
 
-def from_elsewhere(state, form):
-    """A state dict of ours as others write it."""
-    statistics = {"mean": torch.full((3,), 0.3), "std": torch.full((3,), 0.2)}
-    prefixed = {f"1.{name}": value for name, value in state.items()}
-    return {
-        "plain": state,
-        "module.": {f"module.{name}": value for name, value in state.items()},
-        "_orig_mod.": {f"_orig_mod.module.{name}": value for name, value in state.items()},
-        "state_dict": {"state_dict": state, "epoch": 9},
-        "net": {"net": {f"module.{name}": value for name, value in state.items()}, "acc": 80.0},
-        "Sequential": {"0.mean": statistics["mean"].view(1, 3, 1, 1),
-                       "0.std": statistics["std"].view(1, 3, 1, 1)} | prefixed,
-        "mu and sigma": {"mu": statistics["mean"], "sigma": statistics["std"]} | state,
-        "normalize": {"state_dict": {f"normalize.{k}": v for k, v in statistics.items()} | state},
-        "robustness": {"model": {"module.normalizer.new_mean": statistics["mean"],
-                                 "module.normalizer.new_std": statistics["std"]} | {
-            f"module.model.{k}": v for k, v in state.items()} | {
-            f"module.attacker.model.{k}": v for k, v in state.items()}},
-        "torchvision": {name.replace("linear", "fc").replace("shortcut", "downsample"): value
-                        for name, value in state.items()},
-    }[form]
+    def __init__(self, before, after, stride, activated):
+        super().__init__()
+        self.activated, self.bn1, self.conv1 = (activated, nn.BatchNorm2d(before),
+                                                conv(before, after, 3, stride))
+        self.bn2, self.conv2 = nn.BatchNorm2d(after), conv(after, after)
+        if stride != 1 or before != after:
+            self.shortcut = nn.Sequential(conv(before, after, 1, stride))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        source = out if self.activated else x
+        shortcut = self.shortcut(source) if hasattr(self, "shortcut") else x
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
-FORMS = ["plain", "module.", "_orig_mod.", "state_dict", "net", "Sequential", "mu and sigma",
-         "normalize", "robustness", "torchvision"]
+class PreActResNet(nn.Module):
+    """With a final BatchNorm (Wong, Rice) or without it and its activation (kuangliu, GradAlign,
+    RobustBench); with RobustBench's buffers; with what GradAlign's holds twice."""
+
+    def __init__(self, activated=False, final_bn=True, buffers=False, copies=False, width=16):
+        super().__init__()
+        self.conv1, before = conv(3, width), width
+        for i in range(4):
+            blocks = [PreActBlock(before, width << i, 2 if i else 1, activated),
+                      PreActBlock(width << i, width << i, 1, activated)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            before = width << i
+        self.bn, self.linear = nn.BatchNorm2d(before) if final_bn else None, nn.Linear(before, 10)
+        self.register_buffer("mu", torch.rand(1, 3, 1, 1) if buffers else None)
+        self.register_buffer("sigma", torch.rand(1, 3, 1, 1) + 0.1 if buffers else None)
+        if copies:
+            self.model_preact_hl1 = nn.Sequential(nn.Identity(), self.conv1, self.layer1[0].bn1)
+
+    def forward(self, x):
+        x = x if self.mu is None else (x - self.mu) / self.sigma
+        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        out = F.relu(self.bn(out)) if self.bn else out
+        return self.linear(F.avg_pool2d(out, 4).flatten(1))
 
 
-def pictures_of(model):
-    """A data set, of which the model knows every picture."""
-    torch.manual_seed(6)
-    x = (torch.rand(60, 3, 32, 32) * torch.rand(60, 3, 1, 1) * 255).byte()
-    with common.exact(model) as network, torch.no_grad():
-        part = x, network(x.float() / 255).argmax(1)
-    return data.Data(part, part, part, list("0123456789"), True)
+class WideBlock(nn.Module):
+    """Of TRADES' and RobustBench's WideResNet."""
+
+    def __init__(self, before, after, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(before), conv(before, after, 3, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(after), conv(after, after)
+        self.convShortcut = None if before == after else conv(before, after, 1, stride)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.convShortcut is None else self.convShortcut(out)
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(out))))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_state_dict_from_elsewhere(tmp_path, form):
-    """The same weights, and the normalisation that it holds, or else that which fits."""
+class WideResNet(nn.Module):
+    def __init__(self, width=32):
+        super().__init__()
+        self.conv1, self.fc = conv(3, 16), nn.Linear(4 * width, 10)
+        self.bn1 = nn.BatchNorm2d(4 * width)
+        for name, before, after, stride in (
+                ("block1", 16, width, 1), ("sub_block1", 16, width, 1),
+                ("block2", width, 2 * width, 2), ("block3", 2 * width, 4 * width, 2)):
+            block, first = nn.Module(), WideBlock(before, after, stride)
+            block.layer = nn.Sequential(first, WideBlock(after, after, 1))
+            self.add_module(name, block)
+
+    def forward(self, x):
+        out = self.block3.layer(self.block2.layer(self.block1.layer(self.conv1(x))))
+        return self.fc(F.avg_pool2d(F.relu(self.bn1(out)), 8).flatten(1))
+
+
+class Normalised(nn.Module):
+    """robustness' wrapper, whose attacker holds everything a second time."""
+
+    def __init__(self, model, names=("new_mean", "new_std")):
+        super().__init__()
+        self.normalizer, self.model, self.attacker, self.names = (
+            nn.Module(), model, nn.Module(), names)
+        for name, value in zip(names, ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])):
+            self.normalizer.register_buffer(name, torch.tensor(value).view(3, 1, 1))
+        self.attacker.model, self.attacker.normalize = model, self.normalizer
+
+    def forward(self, x):
+        mean, std = (getattr(self.normalizer, name) for name in self.names)
+        return self.model((x - mean) / std)
+
+
+def network(kind=PreActResNet, *options, size=32, **more):
     torch.manual_seed(0)
-    given = form in FORMS[5:9]
-    mean, std = ((0.3,) * 3, (0.2,) * 3) if given else ((0.0,) * 3, (1.0,) * 3)
-    model = models.build_model("resnet10", 10, 8, mean=mean, std=std).eval()
-    torch.save(from_elsewhere(model.state_dict(), form), tmp_path / "bare.pth")
-    known = pictures_of(model)
-    found, settings = load_model(tmp_path / "bare.pth", "cpu", "resnet10", 8, data=known)
-    assert settings["normalisation"] == ("of the checkpoint" if given else "none")
-    assert torch.allclose(found.mean, model.mean) and torch.allclose(found.std, model.std)
-    assert all(torch.equal(value, found.state_dict()[name])
-               for name, value in model.state_dict().items())
-    found, settings = load_model(tmp_path / "bare.pth", "cpu", "resnet10", 8, data=known,
-                                        mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    assert settings["normalisation"] == "as given"
-    assert found.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    model = kind(*options, **more)
+    for _ in range(2):  # the BatchNorm statistics
+        model(torch.rand(8, 3, size, size))
+    return model.eval()
 
 
-def test_the_datas_statistics_are_assumed_where_they_fit(tmp_path):
-    torch.manual_seed(0)
-    model = models.build_model("resnet10", 10, 8)
-    x = (torch.rand(60, 3, 32, 32) * torch.rand(60, 3, 1, 1) * 255).byte()
-    part = x, torch.zeros(60, dtype=torch.long)
-    mean, std = common.statistics(data.Data(part, part, part, [], True))
-    model = models.build_model("resnet10", 10, 8, mean=mean, std=std).eval()
-    with torch.no_grad():  # otherwise it takes nearly all of them for one class
-        model.linear.bias -= model(x.float() / 255).mean(0)
-    torch.save(model.state_dict(), tmp_path / "bare.pth")
-    _, settings = load_model(tmp_path / "bare.pth", "cpu", "resnet10", 8,
-                                    data=pictures_of(model))
-    assert settings["normalisation"] == "of the data"
+def prefixed(prefix, model):
+    return {prefix + name: value for name, value in model.state_dict().items()}
 
 
-def test_wide_resnets_of_trades_and_robustbench(tmp_path):
-    """Their names: block1.layer.0, convShortcut, bn1 in the end, fc, and sub_block1, a copy."""
-    torch.manual_seed(0)
-    model = models.build_model("wrn-16-8", 10, 8)
-    theirs = {}
-    for name, value in model.state_dict().items():
-        name = re.sub(r"^layer(\d)", r"block\1.layer", name).replace("shortcut.0", "convShortcut")
-        name = re.sub(r"^bn\.", "bn1.", name).replace("linear", "fc")
-        theirs["module." + name] = value
-        if "block1" in name:
-            theirs["module." + name.replace("block1", "sub_block1")] = value
-    torch.save(theirs, tmp_path / "trades.pth")
-    found, _ = load_model(tmp_path / "trades.pth", "cpu", "wrn-16-8", 8,
-                                 data=pictures_of(model))
-    assert all(torch.equal(value, found.state_dict()[name])
-               for name, value in model.state_dict().items())
+def written(kind):
+    """A network and its checkpoint, as its authors write it."""
+    model = network(activated=kind in ("Rice", "kuangliu", "RobustBench V2"),
+                    final_bn=kind not in ("kuangliu", "GradAlign", "Wong2020Fast"),
+                    buffers=kind in ("Wong2020Fast", "RobustBench V2"), copies=kind == "GradAlign")
+    state = model.state_dict()
+    if kind == "torchvision":
+        model = network(torchvision.models.resnet18, size=64, num_classes=10)
+    if kind == "TRADES":
+        model = network(WideResNet)
+    if kind in ("normalize", "robustness", "Sequential"):
+        model = Normalised(model)
+    if kind in ("Sequential", "normalize"):  # other names of the same
+        renamed = {"normalizer.new_": "0.", "model.": "1."} if kind == "Sequential" else {
+            "normalizer.new_": "normalize.", "model.": ""}
+        del model.attacker
+        state = model.state_dict()
+        for ours, theirs in renamed.items():
+            state = {name.replace(ours, theirs): value for name, value in state.items()}
+    if kind == "half":
+        state = {name: value.half() if value.is_floating_point() else value
+                 for name, value in state.items()}
+        model.load_state_dict(state)
+    if kind == "Rice":
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.rand(2, 3, 32, 32)).sum().backward()
+        state = {"state_dict": state, "args": {"lr": 1}, "opt": optimizer.state_dict()}
+    if kind == "GradAlign":
+        state = {"last": {name: value + 1 for name, value in state.items()}, "best": state}
+    return model, {
+        "torchvision": model.state_dict(), "TRADES": prefixed("module.", model),
+        "kuangliu": {"net": prefixed("module.", model), "acc": 81.0, "epoch": 3},
+        "robustness": {"model": prefixed("module.", model), "epoch": 1},
+        "compiled": prefixed("_orig_mod.network.", model),
+        "student": {"student": {"state": model.state_dict()}, "n_averaged": 3},
+        "AveragedModel": {"ema": torch.optim.swa_utils.AveragedModel(model).state_dict()},
+        "old": {name: value for name, value in state.items() if "num_batches" not in name},
+    }.get(kind, state)
 
 
-def test_the_table_says_which_normalisation_was_assumed(script, checkpoint, tmp_path):
-    torch.save(weights(checkpoint), tmp_path / "bare.pth")
-    options = ["--arch", "resnet10", "--width", 8, "--dataset", "shapes", *FAST]
-    status, out, err = script(evaluate, "bare.pth", "run/best.pt", *options)
-    assert status == 0, err
-    assert re.search(r"^bare.pth +shapes +resnet10 +(none|of the data) ", out, re.M)
-    assert re.search(r"^run/best.pt +shapes +resnet10 +of the run ", out, re.M)
-    one_line(*script(evaluate, "bare.pth", *options, "--mean", 0, 0, 0)[::2], "--mean and --std")
+KINDS = {"preactresnet18": ["plain", "compiled", "student", "Sequential", "robustness", "normalize",
+                            "AveragedModel", "half", "old", "GradAlign", "Wong2020Fast"],
+         "preactresnet18-v2": ["Rice", "kuangliu", "RobustBench V2"], "resnet18": ["torchvision"],
+         "wrn-16-8": ["TRADES"]}
+FOREIGN = ["--arch", "preactresnet18", "--width", 16, "--dataset", "shapes"]
+
+
+@pytest.mark.parametrize("arch, kind", [(arch, kind) for arch in KINDS for kind in KINDS[arch]])
+def test_a_foreign_checkpoint_is_the_same_function(tmp_path, arch, kind):
+    model, content = written(kind)
+    path, size = str(tmp_path / "theirs.pt"), 64 if kind == "torchvision" else 32
+    torch.save(content, path)
+    width = {"torchvision": [], "TRADES": ["--width", "32"]}.get(kind, ["--width", "16"])
+    found = evaluate.Checkpoint(path, evaluate.parse_args(
+        [path, "--arch", arch, "--dataset", "shapes", *width]))
+    x = torch.rand(4, 3, size, size)
+    with torch.no_grad(), common.exact(found.model) as same:
+        assert torch.allclose(model.eval()(x), same(x), atol=1e-5, rtol=1e-5)
+    held = kind in ("Sequential", "robustness", "normalize", "Wong2020Fast", "RobustBench V2")
+    assert found.about["normalisation"] == ("of the checkpoint" if held else "none")
+
+
+def test_the_table_says_which_normalisation_was_used(run, tmp_path, ours):
+    torch.save(network().state_dict(), tmp_path / "theirs.pt")
+    out, result = run("theirs.pt", ours, *FOREIGN, *FAST)
+    assert [row["normalisation"] for row in result["rows"]] == ["none", "of the run"]
+    assert [row["arch"] for row in result["rows"]] == ["preactresnet18", "resnet10"]
+    assert re.findall("warning: (.*): only .* normalisation .*order of the classes, the block",
+                      out) == ["theirs.pt"]
+    given = ["--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.25, 0.3]
+    torch.save(written("Sequential")[1], tmp_path / "held.pt")
+    rows = run("theirs.pt", "held.pt", *FOREIGN, *FAST, *given)[1]["rows"]
+    assert [row["normalisation"] for row in rows] == 2 * ["as given"]
+    held, = run("held.pt", *FOREIGN, *FAST)[1]["rows"]
+    assert held["PGD-2-2 %"] == rows[0]["PGD-2-2 %"] == rows[1]["PGD-2-2 %"]
+
+
+def test_what_does_not_fit_is_named(run, tmp_path):
+    state = network().state_dict()
+    torch.save(state, tmp_path / "a.pt")
+    assert "add --arch and --dataset" in run("a.pt", fails=True)
+    assert "bn.weight is (128,) instead of (64,)" in run(
+        "a.pt", "--arch", "wrn-16-8", "--width", 16, "--dataset", "shapes", fails=True)
+    torch.save({"ema": state, "model": state}, tmp_path / "b.pt")
+    assert "several networks, ema., model.: save one" in run("b.pt", *FOREIGN, fails=True)
+    torch.save(state | {"head.weight": torch.zeros(2)}, tmp_path / "c.pt")
+    assert "head.weight is (2,) instead of missing" in run("c.pt", *FOREIGN, fails=True)
+    state["linear.weight"], state["linear.bias"] = torch.zeros(7, 128), torch.zeros(7)
+    torch.save(state, tmp_path / "d.pt")
+    assert "d.pt knows 7 classes, the data set 10" in run("d.pt", *FOREIGN, fails=True)
+    torch.save(written("GradAlign")[1], tmp_path / "e.pt")
+    assert "e.pt holds the networks last., best.: taking best." in run(
+        "e.pt", *FOREIGN, "--attack", "none")[0]
 
 
 class Code:
@@ -441,38 +718,14 @@ class Code:
         return print, ("EXECUTED",)
 
 
-def test_bad_checkpoints(script, checkpoint, tmp_path):
-    whole = checkpoint.read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "empty.pt").write_bytes(b"")
+@pytest.mark.filterwarnings("ignore:Detected pickle")
+def test_bad_files_get_one_line_and_execute_nothing(run, tmp_path, ours, capsys):
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "run/best.pt").read_bytes()[:5000])
     (tmp_path / "page.pt").write_text("<!DOCTYPE html><html>404</html>")
-    torch.save(Code(), tmp_path / "code.pt")
     (tmp_path / "old_code.pt").write_bytes(pickle.dumps(Code()))
-    torch.save(weights(checkpoint), tmp_path / "bare.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"epoch": 3}, tmp_path / "nothing.pt")
-    messages = {"cut.pt": "cut short", "empty.pt": "cut short", "page.pt": "web page",
-                "code.pt": "execute", "old_code.pt": "execute", "missing.pt": "does not exist",
-                "bare.pt": "--arch and --dataset", "list.pt": "--arch and --dataset"}
-    for name, message in messages.items():
-        status, out, err = script(evaluate, name)
-        one_line(status, err, message)
-        assert "EXECUTED" not in out + err
-    elsewhere = ["--arch", "resnet18", "--dataset", "shapes"]
-    for name in ("run/best.pt", "bare.pt", "list.pt", "nothing.pt"):
-        one_line(*script(evaluate, name, *elsewhere)[::2], "another architecture")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_evaluate_on_a_data_set_with_other_classes(script, checkpoint, folder):
-    status, _, err = script(evaluate, "run/best.pt", "--dataset", "pets")
-    one_line(status, err, "10 classes.* 2: .*--dataset")
-
-
-def test_evaluate_notices_that_the_folder_has_other_classes_than_in_training(script, folder):
-    script(backward_smoothing, "--dataset", "pets", "--arch", "resnet10", "--width", 8, "--epochs",
-           1, "--batch-size", 4, "--val-size", 4, "--out", "run")
-    for part in ("train", "test"):
-        (folder / part / "fox").mkdir()
-        (folder / part / "cat/0.png").rename(folder / part / "fox/0.png")
-    one_line(*script(evaluate, "run/best.pt", *FAST)[::2], "2 classes.* 3: .*--dataset")
+    for name, content in dict(code=Code(), whole=network(), list=[1, 2], tensor=torch.zeros(3),
+                              nothing={"epoch": 3}).items():
+        torch.save(content, tmp_path / f"{name}.pt")
+    for name in ("cut", "page", "old_code", "code", "whole", "list", "tensor", "nothing", "none"):
+        assert f"{name}.pt" in run(f"{name}.pt", *FOREIGN, fails=True)
+    assert "EXECUTED" not in capsys.readouterr().out

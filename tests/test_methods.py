@@ -1,485 +1,429 @@
-"""Each method's step, recomputed here from its equations on a small smooth network in float64."""
+"""Each method's attack, loss and defaults, recomputed here from its equations in float64."""
 
 import argparse
-import copy
-import math
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY, method_loss
+from test_attacks import ViT
 
 import backward_smoothing
 import common
-import data
 import fast_at
 import fast_bat
 import kd_swa
-import models
 import trades
 
 EPS = 8 / 255
 
 
 @pytest.fixture
-def smooth():
-    """A network of Softplus in float64, in eval mode: finite differences converge."""
+def smooth(request):
+    """A smooth network in float64 and in eval mode: finite differences converge."""
     torch.manual_seed(0)
-    model = models.build_model("resnet10", 10, width=8, activation="softplus").double()
-    model(torch.rand(16, 3, 32, 32, dtype=torch.float64))
-    model.dtype = torch.float64
+    vit = getattr(request, "param", None) == "vit"
+    model = ViT() if vit else common.Classifier("resnet10", 5, 16, "softplus")
+    model.double()(torch.rand(16, 3, 8, 8).double())
     return model.eval()
 
 
 @pytest.fixture
-def pictures():
+def images():
     torch.manual_seed(1)
-    return torch.rand(4, 3, 32, 32, dtype=torch.float64), torch.tensor([3, 1, 4, 1])
+    return torch.rand(4, 3, 8, 8, dtype=torch.float64), torch.tensor([3, 1, 4, 1])
 
 
 def settings(module, *options):
     return module.parse_args(["--dataset", "shapes", "--attack-bn", "eval", *map(str, options)])
 
 
-def gradient_of(loss, model, direction):
+def seeded(function, *args, **kwargs):
+    torch.manual_seed(3)
+    return function(*args, **kwargs)
+
+
+def loss_of(module, model, images, *options, **more):
+    """The script's own loss."""
+    more = dict(run=argparse.Namespace(steps=100), data=None) | more
+    return seeded(method_loss, module, model, *images, settings(module, *options), **more)
+
+
+def direction(model):
+    """A random one among the weights, always the same."""
+    generator = torch.Generator().manual_seed(4)
+    return [torch.empty_like(p).normal_(generator=generator) for p in model.parameters()]
+
+
+def gradient_of(loss, model):
     """The derivative along `direction`, from autograd."""
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    return sum((g * d).sum() for g, d in zip(gradients, direction)).item()
+    gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    return sum((g * d).sum() for g, d in zip(gradients, direction(model))).item()
 
 
-def difference_quotient(function, model, direction, h=1e-8):
+def difference_quotient(function, model, h=1e-6):
     """The same by central differences; `function` is evaluated at moved parameters."""
     values = []
-    with torch.no_grad():
-        for sign in (1, -2):
-            for p, d in zip(model.parameters(), direction):
-                p += sign * h * d
-            with torch.enable_grad():
-                values.append(function().item())
-        for p, d in zip(model.parameters(), direction):
-            p += h * d
+    for move in (h, -2 * h, h):
+        with torch.no_grad():
+            for p, d in zip(model.parameters(), direction(model)):
+                p += move * d
+        values.append(function().item())
     return (values[0] - values[1]) / (2 * h)
 
 
-def some_direction(model):
-    return [torch.randn_like(p) for p in model.parameters()]
+def uniform(x, eps=EPS):
+    return (x + eps * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
 
 
-def sign_step(x_adv, gradient, x, eps, alpha):
-    return torch.min(torch.max(x_adv + alpha * gradient.sign(), x - eps), x + eps).clamp(0, 1)
+def moved(x_adv, gradient, x, alpha, norm="linf"):
+    """One projected step along the gradient or its sign."""
+    if norm == "linf":
+        delta = (x_adv + alpha * gradient.sign() - x).clamp(-EPS, EPS)
+    else:
+        delta = x_adv + alpha * F.normalize(gradient, dim=(1, 2, 3)) - x
+        delta = delta * (EPS / delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp(max=1)
+    return (x + delta).clamp(0, 1)
 
 
-# ---------------------------------------------------------------------------------------- fast_at
+def attack_gradient(model, point, y=None, s=None):
+    """That of cross-entropy with y, or of KL(s || s(f(point))), summed over the images."""
+    point = point.detach().clone().requires_grad_()
+    p = torch.softmax(model(point), 1)
+    loss = -p[range(len(y)), y].log().sum() if s is None else (s * (s / p).log()).sum()
+    return torch.autograd.grad(loss, point)[0]
 
-@pytest.mark.parametrize("steps, init", [(1, "uniform"), (1, "zero"), (2, "uniform"), (3, "zero")])
-def test_fast_at_is_projected_ascent_on_cross_entropy(smooth, pictures, steps, init):
-    x, y = pictures
-    torch.manual_seed(5)
-    x_adv = fast_at.fast_at(smooth, x, y, EPS, 0.6 * EPS, steps, init, bn="eval")
-    torch.manual_seed(5)
-    expected = (x + EPS * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
-    expected = x.clone() if init == "zero" else expected
-    for _ in range(steps):
-        expected.requires_grad_()
-        probability = torch.softmax(smooth(expected), 1)[range(len(y)), y]
-        gradient, = torch.autograd.grad(-probability.log().sum(), expected)
-        expected = sign_step(expected.detach(), gradient, x, EPS, 0.6 * EPS)
+
+def test_attacks_are_projected_gradient_ascent(smooth, images, monkeypatch):
+    """On cross-entropy or on KL(s(f(x)) || s(f(x_adv))), from their start, by all their steps."""
+    (x, y), m, sizes = images, smooth, (EPS, EPS / 2)
+    noise = torch.rand_like(x) * 2 - 1
+    monkeypatch.setattr(torch, "randn_like", lambda x: 3 * noise)
+    monkeypatch.setattr(common, "random_start", lambda x, eps, *_: (x + eps * noise).clamp(0, 1))
+    starts = dict(zero=x, uniform=(x + EPS * noise).clamp(0, 1), normal=x + 0.003 * noise)
+    args = functools.partial(settings, kd_swa, "--alpha", 4, "--attack")
+    for objective, start, norm, steps, x_adv in (
+            ("ce", "uniform", "linf", 1, fast_at.fast_at(m, x, y, *sizes, bn="eval")),
+            ("ce", "zero", "linf", 3, fast_at.fast_at(m, x, y, *sizes, 3, "zero", bn="eval")),
+            ("ce", "zero", "l2", 2, fast_at.fast_at(m, x, y, *sizes, 2, "zero", "l2", "eval")),
+            ("ce", "zero", "l2", 3, common.pgd_attack(m, x, y, *sizes, 3, start="zero", norm="l2")),
+            ("ce", "uniform", "linf", 10, kd_swa.attack(m, x, y, args("pgd"))),
+            ("ce", "uniform", "linf", 1, kd_swa.attack(m, x, y, args("fgsm"))),
+            ("kl", "normal", "linf", 10, kd_swa.attack(m, x, y, args("trades"))),
+            ("kl", "normal", "l2", 10, kd_swa.attack(m, x, y, args("trades", "--norm", "l2"))),
+            ("kl", "normal", "linf", 10, trades.trades(m, x, *sizes)),
+            ("kl", "normal", "l2", 3, trades.trades(m, x, *sizes, 3, norm="l2")),
+            ("kl", "uniform", "linf", 2, trades.trades(m, x, *sizes, 2, "uniform"))):
+        s = torch.softmax(m(x), 1).detach() if objective == "kl" else None
+        expected = starts[start]
+        for _ in range(steps):
+            expected = moved(expected, attack_gradient(m, expected, y, s), x, EPS / 2, norm)
+        assert torch.allclose(x_adv, expected, atol=1e-8), (objective, start, norm, steps)
+        assert (x_adv - x).flatten(1).norm(dim=1).max() > EPS / 2
+    assert fast_at.fast_at(m, x, y, *sizes, 0) is x  # standard training
+
+
+# ----------------------------------------------------------------------------------------- fast_at
+def test_n_fgsm_is_its_formula(smooth, images, capsys):
+    """One step from noise of 2 eps, which may end outside of the eps-ball."""
+    x, y = images
+    x[0], x[1] = 0, 1
+    x_adv = seeded(fast_at.fast_at, smooth, x, y, EPS, 0.5 * EPS, init="noise", bn="eval")
+    noisy = seeded(uniform, x, 2 * EPS)
+    expected = (noisy + 0.5 * EPS * attack_gradient(smooth, noisy, y).sign()).clamp(0, 1)
     assert torch.allclose(x_adv, expected, atol=1e-12)
-    assert (x_adv - x).abs().max() > EPS / 2
+    assert 2 * EPS < (x_adv - x).abs().max() <= 2.5 * EPS + 1e-12
+    for options in (["--norm", "l2"], ["--steps", 2]):
+        with pytest.raises(SystemExit, match="2"):
+            settings(fast_at, "--init", "noise", *options)
+        assert capsys.readouterr().err.startswith("error: --init noise is N-FGSM")
 
 
-def test_fast_at_without_steps_is_standard_training(smooth, pictures):
-    x, y = pictures
-    assert fast_at.fast_at(smooth, x, y, EPS, EPS, 0) is x
-    loss = fast_at.training_loss(smooth, x, y, settings(fast_at, "--steps", 0))
-    assert torch.equal(loss, F.cross_entropy(smooth(x), y))
-
-
-def test_the_steps_of_fast_at_have_their_papers_length():
-    lengths = {0: 0.25, 1: 1.25, 2: 0.5, 10: 0.25}
-    for steps, length in lengths.items():
-        args = settings(fast_at, "--eps", 8, "--steps", steps)
-        assert args.alpha == pytest.approx(length * EPS)
-    assert settings(fast_at, "--alpha", 10).alpha == 10 / 255
-
-
-def test_gradalign_and_its_gradient(smooth, pictures):
+@pytest.mark.parametrize("smooth", ["resnet", "vit"], indirect=True)
+def test_gradalign_and_its_gradient(smooth, images):
     """1 - cos of the input gradients at x and x + eta; only the second is differentiated."""
-    x, y = pictures
-
-    def input_gradient(point):
-        point = point.clone().requires_grad_()
-        return torch.autograd.grad(F.cross_entropy(smooth(point), y), point)[0].flatten(1)
-
-    def misalignment(target=None):
-        torch.manual_seed(2)
-        noisy = (x + EPS * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
-        a, b = input_gradient(x) if target is None else target, input_gradient(noisy)
+    model, (x, y) = smooth, images
+    def misalignment(a):
+        point = seeded(uniform, x).requires_grad_()
+        b, = torch.autograd.grad(F.cross_entropy(model(point), y), point)
+        a, b = a().flatten(1), b.flatten(1)
         return (1 - (a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)).mean()
-
-    torch.manual_seed(2)
-    value = fast_at.misalignment(smooth, x, y, EPS, bn="eval")
-    assert value.item() == pytest.approx(misalignment().item(), rel=1e-9) and value > 1e-6
-    direction, target = some_direction(smooth), input_gradient(x)
-    derivative = gradient_of(value, smooth, direction)
-    expected = difference_quotient(lambda: misalignment(target), smooth, direction)
+    value = seeded(fast_at.misalignment, model, x, y, EPS, bn="eval")
+    first = attack_gradient(model, x, y)
+    assert value.item() == pytest.approx(misalignment(lambda: first).item(), rel=1e-9)
+    derivative = gradient_of(value, model)
+    expected = difference_quotient(lambda: misalignment(lambda: first), model)
     assert derivative == pytest.approx(expected, rel=1e-4)
-    both = difference_quotient(misalignment, smooth, direction)
+    both = difference_quotient(lambda: misalignment(lambda: attack_gradient(model, x, y)), model)
     assert abs(both - expected) > 1e-2 * abs(expected)  # the first gradient would have changed it
+    losses = [loss_of(fast_at, model, images, "--grad-align", w).item() for w in (0, 0.5, 1)]
+    assert losses[0] < losses[1] and sum(losses) == pytest.approx(3 * losses[1], rel=1e-12)
 
 
-def test_gradalign_is_added_with_its_weight(smooth, pictures):
-    losses = []
-    for weight in (0, 0.5, 1):
-        torch.manual_seed(4)
-        args = settings(fast_at, "--grad-align", weight)
-        losses.append(fast_at.training_loss(smooth, *pictures, args).item())
-    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-6)
-    assert losses[1] > losses[0]
+def test_gradalign_leaves_out_images_without_gradient(smooth, images):
+    """As the authors' code does: they are neither aligned nor misaligned."""
+    x, y = images
+    x[:, 0, 0, 0] = torch.tensor([0, 0.5, 0.5, 0.5])
+
+    class Saturated(torch.nn.Module):  # on an image that starts with 0, softmax is exactly 0 and 1
+        def forward(self, x):
+            return smooth(x) + (x[:, :1, 0, 0] < 0.1) * 1e4 * F.one_hot(y, 5)
+    value = seeded(fast_at.misalignment, Saturated(), x, y, EPS, bn="eval")
+    a, b = (attack_gradient(smooth, z, y)[1:].flatten(1) for z in (x, seeded(uniform, x)))
+    assert value.item() == pytest.approx(1 - F.cosine_similarity(a, b).mean().item(), rel=1e-6)
 
 
 def test_fast_at_plus_notices_a_collapse(smooth, monkeypatch):
-    x, y = torch.zeros(300, 3, 32, 32, dtype=torch.uint8), torch.zeros(300, dtype=torch.int64)
-    pictures = data.Data(None, (x, y), None, list("abc"), False)
-    seen = []
-
-    def accuracy(model, x, y, attack):
-        seen.append(len(x))
-        return 90, now
-    monkeypatch.setattr(common, "accuracy", accuracy)
-
-    def collapsed(*epochs):
-        run = argparse.Namespace(rows=[dict(val_pgd=e) for e in epochs], pgd=lambda steps: None)
-        return fast_at.has_collapsed(smooth, pictures, run)
-    now = 41.0
-    assert not collapsed() and not collapsed(50, 30) and collapsed(30, 52, 20)
-    assert seen == [128] * 3  # one batch, not all
-    now = 5.0
-    assert collapsed(12, 11) and not collapsed(9.0)  # where there is no fall of 10 points to see
+    """By 10 points below the best epoch or, if that is little, half of it."""
+    data = common.Data(None, (torch.zeros(300, 3, 8, 8), torch.zeros(300)), None, [], False)
+    run, seen = argparse.Namespace(args=settings(fast_at)), []
+    for now, epochs, expected in ((41, [], False), (41, [50, 30], False), (41, [30, 52, 20], True),
+                                  (5, [12, 11], True), (5, [9], False)):
+        run.rows = [dict(val_pgd=epoch) for epoch in epochs]
+        monkeypatch.setattr(common, "accuracy", lambda m, x, y, *options: (
+            seen.append((len(x), len(y), *options)), now))
+        assert fast_at.has_collapsed(smooth, data, run) == expected
+    assert seen == [(128, 128, EPS, 10, "linf")] * 5
 
 
-def test_fast_at_plus_trains_by_pgd_10_until_it_is_back(script, monkeypatch):
-    answers = iter([True] * 3 + [False] * 100)
-    monkeypatch.setattr(fast_at, "has_collapsed", lambda *args: next(answers))
-    steps, loss = [], fast_at.training_loss
-
-    def record(model, x, y, args):
-        steps.append((args.steps, args.alpha))
-        return loss(model, x, y, args)
-    monkeypatch.setattr(fast_at, "training_loss", record)
-    options = ["--dataset", "shapes", "--width", 8, "--val-size", 20, "--batch-size", 16]
-    assert script(fast_at, *options, "--epochs", 1, "--recover", "--out", "a")[0] == 0
-    assert steps == [(10, EPS / 4)] * 3 + [(1, 1.25 * EPS)] * (len(steps) - 3) and len(steps) > 4
+def test_fast_at_plus_trains_by_pgd_10_until_it_has_recovered(smooth, images, monkeypatch):
+    """It looks about ten times per epoch, here at every eleventh of the 100 steps."""
+    for i, before, found, recovers in ((0, False, True, True), (10, True, False, True),
+                                       (11, True, False, False), (12, False, True, False)):
+        monkeypatch.setattr(fast_at, "has_collapsed", lambda *_: found)
+        loss = loss_of(fast_at, smooth, images, "--recover", "--init", "zero", i=i, recover=before)
+        options = (EPS / 4, 10) if recovers else (1.25 * EPS, 1, "zero")
+        x_adv = seeded(fast_at.fast_at, smooth, *images, EPS, *options, bn="eval")
+        assert torch.equal(loss, F.cross_entropy(smooth(x_adv), images[1]))
 
 
-# ----------------------------------------------------------------------------------------- trades
-
-@pytest.mark.parametrize("steps, init", [(1, "uniform"), (2, "uniform"), (3, "normal")])
-def test_trades_is_projected_ascent_on_kl(smooth, pictures, steps, init):
-    x, _ = pictures
-    torch.manual_seed(5)
-    x_adv = trades.trades(smooth, x, EPS, EPS / 2, steps, init)
-    torch.manual_seed(5)
-    if init == "normal":
-        expected = x + 0.001 * torch.randn_like(x)
-    else:
-        torch.randn_like(x)
-        expected = (x + EPS * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
-    s = torch.softmax(smooth(x), 1).detach()
-    for _ in range(steps):
-        expected.requires_grad_()
-        divergence = (s * (s / torch.softmax(smooth(expected), 1)).log()).sum()
-        gradient, = torch.autograd.grad(divergence, expected)
-        expected = sign_step(expected.detach(), gradient, x, EPS, EPS / 2)
-    assert torch.allclose(x_adv, expected, atol=1e-12)
-
-
-@pytest.mark.parametrize("module, attack", [(trades, "trades"),
-                                            (backward_smoothing, "backward_smoothing")])
-def test_trades_loss_and_its_gradient(smooth, pictures, monkeypatch, module, attack):
+# --------------------------------------------------------------------- trades, backward_smoothing
+@pytest.mark.parametrize("module", [trades, backward_smoothing, kd_swa])
+def test_the_loss_of_trades_and_its_gradient(smooth, images, monkeypatch, module):
     """CE(f(x), y) + beta KL(s(f(x)) || s(f(x_adv))), both of its networks differentiated."""
-    x, y = pictures
+    (x, y), options = images, ["--attack", "trades"] * (module is kd_swa)
     x_adv = (x + EPS * torch.randn_like(x).sign()).clamp(0, 1)
-    monkeypatch.setattr(module, attack, lambda *args, **kwargs: x_adv)
-    value = module.training_loss(smooth, x, y, settings(module, "--beta", 4))
-
+    monkeypatch.setattr(module, options[0][2:] if options else module.__name__, lambda *_: x_adv)
+    value = loss_of(module, smooth, images, "--beta", 4, *options, teachers=[])
+    derivative = gradient_of(value, smooth)
     def spelled_out():
         s, s_adv = torch.softmax(smooth(x), 1), torch.softmax(smooth(x_adv), 1)
         return (-s[range(len(y)), y].log() + 4 * (s * (s / s_adv).log()).sum(1)).mean()
     assert value.item() == pytest.approx(spelled_out().item(), rel=1e-9)
-    direction = some_direction(smooth)
-    derivative = gradient_of(value, smooth, direction)
-    expected = difference_quotient(spelled_out, smooth, direction)
-    assert derivative == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("module", [trades, backward_smoothing, kd_swa])
-def test_extreme_logits_stay_finite(batch, module):
-    """Probabilities of exactly 0: log-softmax on both sides of KL keeps NaN out."""
-    torch.manual_seed(0)
-    model = models.build_model("resnet10", 10, width=8)
+    assert derivative == pytest.approx(difference_quotient(spelled_out, smooth), rel=1e-5)
+    monkeypatch.undo()  # with its own attack; no NaN where probabilities are rounded to 0
     with torch.no_grad():
-        model.linear.weight *= 1e5
-    x, y = batch
-    assert (torch.softmax(model.eval()(x), 1) == 0).any()
-    args = settings(module, *(["--attack", "trades"] if module is kd_swa else []))
-    loss = module.training_loss(model, x, y, args, *([[]] if module is kd_swa else []))
+        smooth.linear.weight *= 1e6
+    assert (torch.softmax(smooth(x), 1) == 0).any()
+    loss = loss_of(module, smooth, images, *options, teachers=[])
     loss.backward()
-    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in smooth.parameters())
 
 
-def test_fast_trades_has_its_papers_step():
-    for options, pixels in ((["--steps", 1], 6), (["--steps", 2], 6), ([], 2)):
-        assert settings(trades, "--eps", 8, *options).alpha * 255 == pytest.approx(pixels)
+@pytest.mark.parametrize("options", [{}, {"gamma": 4.0}, {"alone": True}, {"random_points": 5},
+                                     {"alpha": EPS / 2}, {"y": torch.tensor([3, 1, 4, 1])}])
+def test_backward_smoothing_is_algorithm_1(smooth, images, options):
+    """(4.4) and (4.5) on probabilities, one draw of psi at a time."""
+    (x, _), options = images, {"alpha": EPS} | options
+    x_adv = seeded(backward_smoothing.backward_smoothing, smooth, x, EPS, **options)
+    f = smooth(x).detach()
+    psi = seeded(torch.empty(options.get("random_points", 1), *f.shape).uniform_, -1, 1)
+    down = sum(attack_gradient(smooth, x, s=torch.softmax(f + options.get("gamma", 1) * draw, 1))
+               for draw in psi)
+    expected = moved(x, -down, x, options["alpha"])
+    if "alone" not in options:
+        s = None if "y" in options else torch.softmax(f, 1)
+        up = attack_gradient(smooth, expected, options.get("y"), s)
+        expected = moved(expected, up, x, options["alpha"])
+    assert torch.allclose(x_adv, expected, atol=1e-12)
+    assert (x_adv - x).abs().max() > EPS / 3  # it does move
 
 
-# --------------------------------------------------------------------------------------- fast_bat
-
-def box(x, eps=EPS):
-    return (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-
-
-def attack_gradient(model, point, y):
-    point = point.detach().clone().requires_grad_()
-    return torch.autograd.grad(F.cross_entropy(model(point), y, reduction="sum"), point)[0]
-
-
-def steepness(model, x, y):
-    """A lmbda at which about half of the coordinates of delta* end inside their bounds."""
-    return attack_gradient(model, x, y).abs().median().item() / EPS
+def test_every_option_of_backward_smoothing_changes_the_loss(smooth, images):
+    losses = [loss_of(backward_smoothing, smooth, images, *options.split()).item() for options in (
+        "--objective ce", "", "--gamma 5", "--beta 2", "--alpha 2", "--random-points 9", "--alone",
+        "--norm l2", "--eps 3", "--attack-bn train")]
+    assert len(set(losses)) == len(losses)
+    x, y = images
+    x_adv = seeded(backward_smoothing.backward_smoothing, smooth, x, EPS, EPS, y=y)
+    assert losses[0] == F.cross_entropy(smooth(x_adv), y).item()
 
 
-def test_the_update_of_fast_bat_is_the_gradient_of_the_bilevel_objective(smooth, pictures,
-                                                                        monkeypatch):
+# ---------------------------------------------------------------------------------------- fast_bat
+def problem(model, x, y):
+    """The bounds, and a lmbda at which about half of the coordinates of delta* end inside."""
+    lmbda = attack_gradient(model, x, y).abs().median().item() / EPS
+    return (x - EPS).clamp(min=0), (x + EPS).clamp(max=1), lmbda
+
+
+@pytest.mark.parametrize("smooth", ["resnet", "vit"], indirect=True)
+def test_the_update_of_fast_bat_is_the_gradient_of_the_objective(smooth, images, monkeypatch):
     """d/d theta of CE(theta, P(z + grad CE(theta, z)/lmbda)) by differences, z held."""
-    x, y = pictures
-    low, high = box(x)
-    z = (x + EPS / 2 * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
-    monkeypatch.setattr(fast_bat, "linearization_point", lambda *args: z.clone())
-    lmbda = steepness(smooth, x, y)
-
+    model, (x, y) = smooth, images
+    low, high, lmbda = problem(model, x, y)
+    z = uniform(x, EPS / 2)
+    monkeypatch.setattr(fast_bat, "linearization_point", lambda *_: z.clone())
     def objective():
-        x_adv = (z + attack_gradient(smooth, z, y) / lmbda).clamp(low, high)
-        return F.cross_entropy(smooth(x_adv), y)
-
-    x_adv, inside, _ = fast_bat.fast_bat(smooth, x, y, EPS, lmbda, bn="eval")
+        x_adv = (z + attack_gradient(model, z, y) / lmbda).clamp(low, high)
+        return F.cross_entropy(model(x_adv), y)
+    x_adv, inside, _ = fast_bat.fast_bat(model, x, y, EPS, lmbda, bn="eval")
     assert 0.2 < inside.double().mean() < 0.8  # both kinds of coordinates
     assert torch.equal(inside, (x_adv > low) & (x_adv < high))
-    args = settings(fast_bat, "--lmbda", lmbda, "--alpha2", 1)
-    value = fast_bat.training_loss(smooth, x, y, args)
-    assert value.item() == pytest.approx(objective().item(), rel=1e-9)  # cross-entropy alone
-    direction = some_direction(smooth)
-    whole = gradient_of(value, smooth, direction)
-    assert whole == pytest.approx(difference_quotient(objective, smooth, direction), rel=1e-6)
-
-    def implicit_part():  # x_adv moves, minus x_adv held: the small term by itself
-        return objective() - F.cross_entropy(smooth(x_adv), y)
-
-    args.alpha2 = 0
-    plain = gradient_of(fast_bat.training_loss(smooth, x, y, args), smooth, direction)
-    expected = difference_quotient(implicit_part, smooth, direction)
-    assert whole - plain == pytest.approx(expected, rel=1e-3) and abs(expected) > 1e-4
-    args.alpha2 = 0.5
-    half = gradient_of(fast_bat.training_loss(smooth, x, y, args), smooth, direction)
-    assert half - plain == pytest.approx((whole - plain) / 2, rel=1e-6)
+    losses = [loss_of(fast_bat, model, images, "--lmbda", lmbda, "--alpha2", a) for a in (0, 1)]
+    assert losses[1].item() == pytest.approx(objective().item(), rel=1e-9)  # cross-entropy alone
+    plain, whole = (gradient_of(loss, model) for loss in losses)
+    assert whole == pytest.approx(difference_quotient(objective, model), rel=1e-5)
+    expected = difference_quotient(  # x_adv moves, minus x_adv held: the small term by itself
+        lambda: objective() - F.cross_entropy(model(x_adv), y), model)
+    assert whole - plain == pytest.approx(expected, rel=1e-3) and abs(expected) > 1e-5
 
 
-def test_the_hessian_aware_update_is_that_of_the_problem_that_is_not_linearised(smooth, pictures,
-                                                                               monkeypatch):
+def test_the_hessian_aware_update_is_that_of_the_problem_that_is_not_linearised(smooth, images):
     """delta* = argmin over C of -CE + lmbda/2 |delta - z|^2, solved to the end. The first-order
     inverse of lmbda + H must come far closer to the differences than 1/lmbda does."""
-    x, y = pictures
-    low, high = box(x)
-    lmbda = steepness(smooth, x, y)
-
+    x, y = images
+    low, high, lmbda = problem(smooth, x, y)
     def solution():
         point = x
-        for _ in range(60):
+        for _ in range(40):
             point = (x + attack_gradient(smooth, point, y) / lmbda).clamp(low, high)
         return point
-
     x_adv = solution()
-
-    def implicit_part():  # x_adv moves, minus x_adv held
-        return F.cross_entropy(smooth(solution()), y) - F.cross_entropy(smooth(x_adv), y)
-
-    inside = (x_adv > low) & (x_adv < high)
+    inside, after = (x_adv > low) & (x_adv < high), attack_gradient(smooth, x_adv, y)
     assert 0.2 < inside.double().mean() < 0.8
-    assert torch.allclose(x_adv, (x + attack_gradient(smooth, x_adv, y) / lmbda).clamp(low, high),
-                          atol=1e-12)  # it has converged
-
-    def solved(model, *args):  # in place of the one step of (8)
-        point = x_adv.clone().requires_grad_()
-        rise = F.cross_entropy(model(point), y, reduction="sum")
-        gradient, = torch.autograd.grad(rise, point, create_graph=True)
-        return x_adv.clone(), inside, gradient
-    monkeypatch.setattr(fast_bat, "fast_bat", solved)
-    direction = some_direction(smooth)
-    expected, found = difference_quotient(implicit_part, smooth, direction), {}
-    for options in (("--alpha2", 0), ("--alpha2", 1), ("--alpha2", 1, "--hessian-aware")):
-        args = settings(fast_bat, "--lmbda", lmbda, *options)
-        found[options] = gradient_of(fast_bat.training_loss(smooth, x, y, args), smooth, direction)
-    plain, free, aware = found.values()
+    assert torch.allclose(x_adv, (x + after / lmbda).clamp(low, high), atol=1e-12)  # it is solved
+    point = x_adv.clone().requires_grad_()
+    rise = F.cross_entropy(smooth(point), y, reduction="sum")
+    gradient, = torch.autograd.grad(rise, point, create_graph=True)
+    losses = [fast_bat.bilevel_loss(smooth, x_adv, y, inside, gradient, lmbda, *options, "eval")
+              for options in ((0, False), (1, False), (1, True))]
+    plain, free, aware = (gradient_of(loss, smooth) for loss in losses)
+    expected = difference_quotient(  # x_adv moves, minus x_adv held
+        lambda: F.cross_entropy(smooth(solution()), y) - F.cross_entropy(smooth(x_adv), y), smooth)
     free, aware = abs(free - plain - expected), abs(aware - plain - expected)
     assert aware < 0.2 * free and free > 1e-3 * abs(expected)
+    assert gradient_of(loss_of(fast_bat, smooth, images), smooth) != gradient_of(
+        loss_of(fast_bat, smooth, images, "--hessian-aware"), smooth)
 
 
 @pytest.mark.parametrize("name", ["pgd-nosign", "pgd", "uniform", "corner"])
-def test_the_linearisation_points(smooth, pictures, name):
-    x, y = pictures
-    low, high = box(x)
-    lmbda = steepness(smooth, x, y)
-    torch.manual_seed(6)
-    z = fast_bat.linearization_point(smooth, x, y, low, high, EPS, lmbda, name)
-    torch.manual_seed(6)
-    if name == "corner":
-        delta = z - x
-        touches = torch.isclose(z, low) | torch.isclose(z, high)
-        assert touches.all() and (delta > 0).any() and (delta < 0).any()
-        return
-    start = (x + EPS * torch.empty_like(x).uniform_(-1, 1)).clamp(0, 1)
+def test_the_linearisation_points(smooth, images, name):
+    x, y = images
+    low, high, lmbda = problem(smooth, x, y)
+    z = seeded(fast_bat.linearization_point, smooth, x, y, low, high, EPS, lmbda, name)
+    start = seeded(uniform, x)
     gradient = attack_gradient(smooth, start, y)
-    move = {"uniform": 0, "pgd": EPS / 2 * gradient.sign(), "pgd-nosign": gradient / lmbda}[name]
+    move = {"pgd": EPS / 2 * gradient.sign(), "pgd-nosign": gradient / lmbda}.get(name, 0)
+    if name == "corner":
+        start = torch.where(z > x, high, low)
+        assert (z > x).any() and (z < x).any()
     assert torch.allclose(z, (start + move).clamp(low, high), atol=1e-12)
 
 
-def test_the_defaults_of_fast_bat_depend_on_eps():
-    for eps, inverse in ((4, 5000), (8, 5000), (12, 3500), (16, 2000), (20, 2000)):
-        args = settings(fast_bat, "--eps", eps)
-        assert 255 / args.lmbda == pytest.approx(inverse)
-        assert args.alpha2 / args.lmbda == pytest.approx(0.1)
-    args = settings(fast_bat, "--lmbda", 0.5, "--alpha2", 0)
-    assert (args.lmbda, args.alpha2) == (0.5, 0)
-
-
-# ----------------------------------------------------------------------------------------- kd_swa
-
-def test_kd_at_temperature_2(pictures):
-    torch.manual_seed(0)
-    logits, teacher = torch.randn(2, 5, 10, dtype=torch.float64).mul(3)
-    logits.requires_grad_()
-    p, t = (z.exp().sqrt() / z.exp().sqrt().sum(1, keepdim=True) for z in (logits, teacher))
-    value = kd_swa.kd(logits, teacher, 2.0)
-    assert value.item() == pytest.approx(-4 * (t * p.log()).sum(1).mean().item(), rel=1e-12)
-    gradient, = torch.autograd.grad(value, logits)
-    assert torch.allclose(gradient, 2 * (p - t).detach() / 5)  # T (p - t), a mean over 5
-
-
-@pytest.mark.parametrize("attack", ["pgd", "fgsm", "trades"])
-def test_the_loss_of_kd_swa(smooth, pictures, monkeypatch, attack):
+# ------------------------------------------------------------------------------------------ kd_swa
+@pytest.mark.parametrize("attack", ["pgd", "trades"])
+def test_the_loss_of_kd_swa(smooth, images, monkeypatch, attack):
     """Eq. 1 with teachers that see x_adv; TRADES' own loss takes the place of cross-entropy."""
-    x, y = pictures
+    x, y = images
     x_adv = (x + EPS * torch.randn_like(x).sign()).clamp(0, 1)
-    monkeypatch.setattr(kd_swa, "attack", lambda *args: x_adv)
-    other = copy.deepcopy(smooth)
-    with torch.no_grad():
-        other.linear.weight += 0.1 * torch.randn_like(other.linear.weight)
-    teachers = [(0.5, lambda z, y: other(z)), (0.2, lambda z, y: 2 * other(z))]
-    args = settings(kd_swa, "--attack", attack, "--beta", 3, "--label-smoothing", 0.1)
-    value = kd_swa.training_loss(smooth, x, y, args, teachers)
-    seen = smooth(x if attack == "trades" else x_adv)
-    wanted = F.one_hot(y, 10).double() * 0.9 + 0.01
-    base = -(wanted * seen.log_softmax(1)).sum(1).mean()
+    monkeypatch.setattr(kd_swa, "attack", lambda *_: x_adv)
+    teachers = [(0.5, 2, lambda z, y: -smooth(z)), (0.2, 5, lambda z, y: 3 * smooth(z))]
+    value = loss_of(kd_swa, smooth, images, "--attack", attack, "--beta", 3, "--label-smoothing",
+                    0.1, teachers=teachers)
+    wanted = F.one_hot(y, 5).double() * 0.9 + 0.02
+    s, s_adv = torch.softmax(smooth(x), 1), torch.softmax(smooth(x_adv), 1)
+    expected = 0.3 * -(wanted * (s if attack == "trades" else s_adv).log()).sum(1).mean()
     if attack == "trades":
-        s, s_adv = torch.softmax(smooth(x), 1), torch.softmax(smooth(x_adv), 1)
-        base = base + 3 * (s * (s / s_adv).log()).sum(1).mean()
-    p = (smooth(x_adv) / 2).log_softmax(1)
-    expected = 0.3 * base
-    for weight, factor in ((0.5, 1), (0.2, 2)):
-        t = torch.softmax(factor * other(x_adv) / 2, 1)
-        expected = expected - weight * 4 * (t * p).sum(1).mean()
+        expected = expected + 0.3 * 3 * (s * (s / s_adv).log()).sum(1).mean()
+    for weight, temperature, teacher in teachers:
+        t, p = (torch.softmax(z / temperature, 1) for z in (teacher(x_adv, y), smooth(x_adv)))
+        expected = expected - weight * temperature**2 * (t.detach() * p.log()).sum(1).mean()
     assert value.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert gradient_of(value, smooth) == pytest.approx(gradient_of(expected, smooth), rel=1e-9)
 
 
-@pytest.mark.parametrize("options, steps, length", [
-    ([], 10, 1 / 4), (["--attack", "fgsm"], 1, 7 / 8), (["--attack", "trades"], 10, 1 / 4),
-    (["--norm", "l2"], 10, 15 / 128), (["--attack", "fgsm", "--norm", "l2"], 1, 15 / 128)])
-def test_the_attacks_of_kd_swa(smooth, pictures, options, steps, length):
-    x, y = pictures
-    args = settings(kd_swa, "--eps", 128, *options)
-    assert args.steps == steps and args.alpha == pytest.approx(length * 128 / 255)
-    torch.manual_seed(0)
-    x_adv = kd_swa.attack(smooth, x, y, args)
-    torch.manual_seed(0)
-    expected = (trades.trades(smooth, x, args.eps, args.alpha, steps) if "trades" in options else
-                fast_at.fast_at(smooth, x, y, args.eps, args.alpha, steps, norm=args.norm,
-                                bn="eval"))
-    assert torch.equal(x_adv, expected)
+@pytest.mark.parametrize("n", [5, 1])
+def test_the_virtual_teacher_is_99_percent_sure_and_softened_by_40(n):
+    """Yuan et al. 2020; where there is but one class, it is sure."""
+    data = argparse.Namespace(classes=list("abcde")[:n])
+    (weight, temperature, teacher), = kd_swa.find_teachers(settings(kd_swa, "--tf-kd"), data, 0, 0)
+    p = torch.softmax(teacher(None, torch.tensor([0, n - 1])), 1)
+    expected = torch.tensor([0.99] + [0.0025] * 4 if n == 5 else [1.0])
+    assert (weight, temperature) == (0.75, 40)
+    assert torch.allclose(p, torch.stack([expected, expected.flip(0)]))
 
 
-def test_the_virtual_teacher_is_99_percent_sure(script, monkeypatch):
-    args = settings(kd_swa, "--tf-kd")
-    pictures = argparse.Namespace(classes=list("abcde"))
-    (weight, teacher), = kd_swa.find_teachers(args, pictures, None)
-    p = torch.softmax(teacher(None, torch.tensor([2, 0])), 1)
-    assert weight == 0.75 and p[0, 2] == pytest.approx(0.99) and p[1, 0] == pytest.approx(0.99)
-    assert torch.allclose(p.sum(1), torch.ones(2)) and p[0, 1] == pytest.approx(0.01 / 4)
+def test_missing_teachers_are_trained_first(smooth, images, monkeypatch, tmp_path):
+    """The robust one by Fast AT, the standard one without attack."""
+    (x, y), runs = images, []
+    monkeypatch.setattr(kd_swa, "train", runs.append)
+    args = settings(kd_swa, "--attack", "trades", "--teacher-epochs", 7, "--iswa", "--epochs", 20)
+    for kind in ("adv", "std"):
+        assert kd_swa.train_teacher(args, kind, tmp_path / kind) == tmp_path / kind / "best.pt"
+    x_adv = seeded(kd_swa.attack, smooth, x, y, runs[0])
+    assert torch.equal(x_adv, seeded(fast_at.fast_at, smooth, x, y, EPS, 1.25 * EPS))
+    assert kd_swa.attack(smooth, x, y, runs[1]) is x
+    assert {(r.epochs, r.kd, r.no_swa, r.iswa) for r in runs} == {(7, "none", True, False)}
 
 
-def networks(n):
-    for seed in range(n):
-        torch.manual_seed(seed)
-        yield models.build_model("resnet10", 10, width=8)
+def test_swa_averages_weights_from_the_first_decay_and_recomputes_statistics(script, monkeypatch):
+    """Eq. 2, on the checkpoints of every epoch; --iswa continues from the average."""
+    monkeypatch.setattr(common, "augment", lambda x, flip: x.float() / 255)
+    options = [*TINY, "--epochs", 4, "--lr-schedule", "piecewise", "--milestones", 0.5, 0.25,
+               "--kd", "none", "--steps", 1, "--keep-epochs", "--train-size", 32]
+    assert script(kd_swa, *options, "--out", "plain")[0] == 0
+    assert script(kd_swa, *options, "--out", "iswa", "--iswa")[0] == 0
+    epochs, averages, iswa, iswa_averages = (
+        [common.load_model(f"{path}-{i}.pt")[0] for i in (2, 3, 4)] for path in (
+            "plain/epoch", "plain/swa_epoch", "iswa/epoch", "iswa/swa_epoch"))
+    for n, averaged in enumerate(averages, 1):
+        for name, value in averaged.named_parameters():
+            mean = sum(model.get_parameter(name) for model in epochs[:n]) / n
+            assert torch.allclose(value, mean, atol=1e-6)
+    args = settings(kd_swa, *options)
+    batches = [x for x, _ in common.batches(common.load_data(args), args, epoch=3)]
+    seen = [averaged.conv1((x - averaged.mean) / averaged.std) for x in batches]
+    for statistic, values in ((averaged.bn1.running_mean, [z.mean((0, 2, 3)) for z in seen]),
+                              (averaged.bn1.running_var, [z.var((0, 2, 3)) for z in seen])):
+        assert torch.allclose(statistic, sum(values) / len(values), atol=1e-5)
+    for model, averaged in zip(iswa, iswa_averages):
+        assert all(map(torch.equal, model.state_dict().values(), averaged.state_dict().values()))
+    assert not torch.equal(iswa[2].conv1.weight, averages[2].conv1.weight)
 
 
-def test_swa_is_the_mean_of_the_weights_and_has_statistics_of_its_own():
-    """Eq. 2: after n epochs the mean of n networks; BatchNorm as in one pass over the pictures."""
-    seen, averaged = [], models.build_model("resnet10", 10, width=8)
-    x = torch.rand(16, 3, 32, 32)
-    args = settings(kd_swa)
-    for n, model in enumerate(networks(4)):
-        kept = copy.deepcopy(model.state_dict())
-        kd_swa.average_weights(averaged, model, n, args, [(x, None)])
-        assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
-        seen.append(kept)
-    for name, value in averaged.named_parameters():
-        mean = torch.stack([weights[name] for weights in seen]).mean(0)
-        assert torch.allclose(value, mean, atol=1e-6)
-    first = averaged.conv1((x - averaged.mean) / averaged.std)  # what its first BatchNorm sees
-    assert torch.allclose(averaged.bn1.running_mean, first.mean((0, 2, 3)), atol=1e-5)
-    assert torch.allclose(averaged.bn1.running_var, first.var((0, 2, 3)), atol=1e-5)
+# ---------------------------------------------------------------------------------------- defaults
+@pytest.mark.parametrize("module, options, expected", [
+    (fast_at, "", "alpha=10 steps=1 epochs=100 attack_bn=train arch=resnet18"),
+    (fast_at, "--steps 2", "alpha=4"), (fast_at, "--steps 10", "alpha=2"),
+    (fast_at, "--init noise", "alpha=8"), (fast_at, "--alpha 0", "alpha=0"),
+    (trades, "", "alpha=2 steps=10 init=normal beta=6 attack_bn=eval"),
+    (trades, "--steps 1 --beta 0", "alpha=6 beta=0"), (trades, "--steps 2", "alpha=6"),
+    (backward_smoothing, "", "alpha=8 gamma=1 beta=10 random_points=1 attack_bn=eval"),
+    (backward_smoothing, "--alpha 0 --gamma 0", "alpha=0 gamma=0"),
+    (fast_bat, "", "arch=preactresnet18 epochs=20 lr=0.2 lr_schedule=cyclic attack_bn=train"),
+    (fast_bat, "", "lmbda=0.051 alpha2=0.0051"),  # 255/5000
+    (fast_bat, "--eps 8.01", "lmbda=0.1275 alpha2=0.01275"),  # 255/2000
+    (fast_bat, "--lmbda 0.5 --alpha2 0", "lmbda=0.5 alpha2=0"),
+    (kd_swa, "", "arch=preactresnet18-v2 epochs=200 milestones=[0.25,0.75] attack_bn=train"),
+    (kd_swa, "", "alpha=2 steps=10 lambda1=0.5 lambda2=0.25 temperature=2 teacher_epochs=30"),
+    (kd_swa, "--attack fgsm --epochs 20", "alpha=7 steps=1 attack_bn=train teacher_epochs=20"),
+    (kd_swa, "--attack trades", "alpha=2 steps=10 beta=6 attack_bn=eval"),
+    (kd_swa, "--attack trades --attack-bn train --alpha 0", "alpha=0 attack_bn=train"),
+    (kd_swa, "--norm l2 --eps 128 --kd adv --lambda1 0.8 --lambda2 0.3", "alpha=15 lambda1=0.8")])
+def test_defaults_are_those_of_the_papers(module, options, expected):
+    args = vars(module.parse_args(options.split()))
+    args["alpha"] = 255 * args.get("alpha", 0)  # Fast-BAT has none
+    for name, value in (pair.split("=") for pair in expected.split()):
+        number = isinstance(args[name], (int, float))
+        assert (f"{args[name]:.9g}" if number else str(args[name]).replace(" ", "")) == value
 
 
-def test_iswa_goes_on_from_the_average():
-    first, second = networks(2)
-    averaged = copy.deepcopy(first)
-    x = torch.rand(8, 3, 32, 32)
-    kd_swa.average_weights(averaged, second, 1, settings(kd_swa, "--iswa"), [(x, None)])
-    for name, value in second.state_dict().items():
-        assert torch.equal(value, averaged.state_dict()[name])
-    assert not torch.equal(second.conv1.weight, first.conv1.weight)
-
-
-# ------------------------------------------------------------------------------- what all promise
-
-def attacks(model, x, y):
-    yield fast_at.fast_at(model, x, y, EPS, 1.25 * EPS)
-    yield fast_at.fast_at(model, x, y, EPS, EPS, 2, norm="l2")
-    yield trades.trades(model, x, EPS, EPS / 2, 2)
-    yield trades.trades(model, x, EPS, EPS, 1, "uniform", norm="l2")
-    for name in ("pgd-nosign", "pgd", "uniform", "corner"):
-        yield fast_bat.fast_bat(model, x, y, EPS, 255 / 5000, name)[0]
-
-
-def test_attacks_stay_in_bounds_and_leave_the_model_as_it_was(model, batch):
-    x, y = batch
-    x[0], x[1] = 0, 1
-    model.train()
-    before = copy.deepcopy(model.state_dict())
-    for i, x_adv in enumerate(attacks(model, x, y)):
-        delta = (x_adv - x).flatten(1)
-        radius = delta.norm(dim=1).max() if i in (1, 3) else delta.abs().max()
-        assert EPS / 2 < radius <= EPS + 1e-6
-        assert x_adv.min() >= 0 and x_adv.max() <= 1 and not x_adv.requires_grad
-    fast_at.misalignment(model, x, y, EPS)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model.training and all(p.grad is None for p in model.parameters())
-    assert not x.requires_grad and math.isclose(x[1].mean(), 1)
-
-
-def test_attacks_refuse_pictures_that_are_not_in_0_1(model, batch):
-    x, y = batch
-    for attack in (lambda: fast_at.fast_at(model, 2 * x, y, EPS, EPS),
-                   lambda: trades.trades(model, 2 * x, EPS, EPS),
-                   lambda: fast_bat.fast_bat(model, 2 * x, y, EPS, 0.05)):
-        with pytest.raises(ValueError, match="normalise inside"):
-            attack()
+def test_the_learning_rate():
+    args = fast_at.parse_args(["--lr", "0.2", "--milestones", "0.75", "0.5"])
+    for args.lr_schedule, parts, rates in (
+            ("piecewise", (0, 0.49, 0.5, 0.74, 0.75, 1), (0.2, 0.2, 0.02, 0.02, 0.002, 0.002)),
+            ("cyclic", (0, 0.25, 0.5, 1), (0, 0.1, 0.2, 0)),
+            ("cosine", (0, 1 / 3, 0.5, 1), (0.2, 0.15, 0.1, 0))):
+        found = [common.learning_rate(args, part * args.epochs) for part in parts]
+        assert found == pytest.approx(rates)

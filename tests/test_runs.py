@@ -1,36 +1,45 @@
-"""Runs from the command line: what they write, determinism, resuming, and every bad input."""
+"""Runs from the command line: what they write, determinism, resuming, bad input, and the README."""
 
 import argparse
 import csv
-import difflib
 import functools
-import itertools
 import json
-import math
 import os
+import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib.figure
 import matplotlib.image
 import pytest
 import torch
+from PIL import Image
 
 import backward_smoothing
-import bookkeeping
 import common
-import data
-import evaluate
 import fast_at
 import fast_bat
 import kd_swa
 import trades
-from conftest import ROOT, TINY, command, data_options
+from conftest import ROOT, TINY, command, data_options, method_loss
 
 SCRIPTS = [fast_at, trades, backward_smoothing, fast_bat, kd_swa]
+PETS = "--dataset pets --epochs 2 --val-size 4 --batch-size 4 --precision fp32".split()
+each_script = pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
+draw_shapes = functools.cache(common.draw_shapes)
+
+
+@pytest.fixture(autouse=True)
+def shapes_are_drawn_once(monkeypatch):
+    monkeypatch.setattr(common, "draw_shapes", draw_shapes)
 
 
 def weights(path):
@@ -38,123 +47,145 @@ def weights(path):
 
 
 def equal(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def one_line(outcome, pattern):
+    status, _, err = outcome
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert re.search(pattern, err), err
+
+
+def interrupted(monkeypatch, script, at, *run):
+    """Runs a script, and presses Ctrl-C at the start of an epoch, counted from 1 over all runs."""
+    start, countdown = common.Run.start_epoch, iter([*[False] * (at - 1), True])
+
+    def start_epoch(run):
+        if next(countdown):
+            os.kill(os.getpid(), signal.SIGINT)
+        start(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "start_epoch", start_epoch)
+        return script(*run)
 
 
 # ------------------------------------------------------------------------------------ what a run is
-
 def test_a_run_folder_holds_all_it_should(script, drawn, tmp_path):
-    status, out, _ = script(backward_smoothing, *TINY, "--seed", 3, "--eps", 4)
+    status, out, err = script(backward_smoothing, *TINY, "--seed", 3, "--eps", 4)
+    assert status == 0, err
     folder = tmp_path / "runs/backward_smoothing-shapes-resnet10-eps4-seed3"
-    assert status == 0
-    assert sorted(p.name for p in folder.iterdir()) == [
+    assert sorted(path.name for path in folder.iterdir()) == [
         "args.json", "best.pt", "curves.png", "last.pt", "log.csv", "result.json"]
-    picture = matplotlib.image.imread(folder / "curves.png")
-    assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.02  # not blank
+    image = matplotlib.image.imread(folder / "curves.png")
+    assert min(image.shape[:2]) > 300 and image[..., :3].std() > 0.02  # not blank
     rows = list(csv.DictReader((folder / "log.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"] and float(rows[1]["seconds"]) > 0
     about = json.loads((folder / "args.json").read_text())
-    assert about["args"]["width"] == 8 and about["args"]["eps"] == 4 / 255
-    assert about["versions"]["torch"] == torch.__version__ and "--seed 3" in about["command"]
+    assert about["args"]["width"] == 16 and about["args"]["eps"] == 4 / 255
+    assert about["versions"]["torch"] == torch.__version__ and "--seed" in about["command"]
     result = json.loads((folder / "result.json").read_text())
     best, last = result["best"], result["last"]
-    assert last["epoch"] == 2 and result["n_test"] == 50
+    assert last["epoch"] == 2 and result["n_test"] == 40
     assert best["val_pgd"] == max(float(row["val_pgd"]) for row in rows)
     for key, value in result["difference"].items():
         assert value == pytest.approx(best[key] - last[key])
-    assert "width=8" in out and re.search(r"^ +2  0\.\d+ +\d", out, re.M)  # configuration, rows
-    assert re.search(r"^best +\d", out, re.M) and re.search(r"^difference", out, re.M)
+    for line in (".*64 training, 20 held-out, 40 test images", r" +2 +0\.\d+ +\d", r"best +\d",
+                 "last +2 ", "difference +"):
+        assert re.search(f"^{line}", out, re.M), line
+
+    # What it says can be computed from best.pt alone.
+    model, checkpoint = common.load_model(folder / "best.pt")
+    assert not model.training and checkpoint["classes"] == list(common.SHAPES)
+    test = common.load_data(data_options(test_size=40)).test
+    assert common.accuracy(model, *test, 4 / 255) == (best["test_clean"], best["test_pgd"])
+
+    # And best.pt needs none of our code: official names, and the normalisation beside them.
+    content = torch.load(folder / "best.pt", weights_only=True)
+    assert {"conv1.weight", "bn1.running_var", "layer2.0.shortcut.0.weight",
+            "linear.bias"} <= content["model"].keys()
+    x = common.load_data(data_options(val_size=20, train_size=64)).train
+    x = x[0][x[2]].double() / 255
+    for name, value in (("mean", x.mean((0, 2, 3))), ("std", x.std((0, 2, 3)))):
+        assert torch.allclose(content[name].flatten().double(), value, atol=1e-4)
 
 
-def test_results_are_those_of_the_checkpoints(script, tmp_path):
-    """result.json can be recomputed from best.pt alone."""
-    script(backward_smoothing, *TINY)
-    folder = tmp_path / "runs/backward_smoothing-shapes-resnet10-eps8-seed0"
-    model, settings = bookkeeping.load_model(folder / "best.pt", "cpu")
-    x, y = data.load_data(data_options()).test
-    attack_noise = torch.Generator().manual_seed(0)
-    clean, pgd = common.accuracy(model, x, y, lambda model, x, y: common.pgd_attack(
-        model, x, y, 8 / 255, 2 / 255, 20, generator=attack_noise))
-    best = json.loads((folder / "result.json").read_text())["best"]
-    assert (best["test_clean"], best["test_pgd"]) == (clean, pgd)
+def test_no_run_is_overwritten_and_the_same_seed_gives_the_same_weights(script, tmp_path):
+    name, found = "runs/fast_at-shapes-resnet10-eps8-seed", []
+    for seed, folder in ((0, f"{name}0"), (0, f"{name}0-2"), (1, f"{name}1")):
+        out = script(fast_at, *TINY, "--epochs", 1, "--seed", seed)[1]
+        assert out.endswith(f" {folder}\n")
+        found.append(weights(tmp_path / folder / "last.pt"))
+    assert equal(found[0], found[1]) and not equal(found[0], found[2])
+    with ThreadPoolExecutor(8) as pool:  # as many at once
+        args = fast_at.parse_args(TINY)
+        assert set(pool.map(lambda _: common.claim_folder(args), range(8))) == {
+            f"{name}0-{i}" for i in range(3, 11)}
+    outcome = script(fast_at, *TINY, "--out", f"{name}0")
+    one_line(outcome, "holds a run: choose another --out.*--resume")
+    assert equal(weights(tmp_path / f"{name}0/last.pt"), found[0])
 
 
-def test_same_seed_same_weights(script, tmp_path):
-    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert script(backward_smoothing, *TINY, "--out", out, "--seed", seed)[0] == 0
-    a, b, c = (weights(tmp_path / out / "last.pt") for out in "abc")
-    assert equal(a, b) and not equal(a, c)
+@pytest.mark.parametrize("steps, held_out, test, best, warning", [
+    (1, [(90, 60), (80, 50)], 60, 1, None), (1, [(90, 50), (80, 60)], 60, 2, None),
+    (1, [(90, 60), (90, 30)], 60, 1, "catastrophic overfitting"),
+    (1, [(90, 60), (90, 60)], 11, None, "hardly more than chance"),
+    (0, [(50, 2), (60, 1)], 60, 2, None)])  # no epoch of standard training is robust
+def test_choice_of_best_on_held_out_images_and_warnings(monkeypatch, script, tmp_path, steps,
+                                                        held_out, test, best, warning):
+    results = iter([*held_out, (test, 10), (test, 10)])
+    monkeypatch.setattr(common, "accuracy", lambda *args, **kwargs: next(results))
+    out = script(fast_at, *TINY, "--out", "run", "--steps", steps)[1]
+    content = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    assert best in (None, content["epoch"]) and content["rows"][-1]["epoch"] == content["epoch"]
+    warnings = re.findall("^warning: (.*)", out, re.M)
+    assert warning in warnings[0] if warning else not warnings
 
 
-def test_no_run_is_overwritten(script, tmp_path):
-    first = script(backward_smoothing, *TINY)[1]
-    second = script(backward_smoothing, *TINY)[1]
-    name = "runs/backward_smoothing-shapes-resnet10-eps8-seed0"
-    assert f"{name} holds" in first and f"{name}-2 holds" in second and "unfinished" not in second
-    (tmp_path / f"{name}-2/result.json").unlink()
-    third = script(backward_smoothing, *TINY)[1]
-    assert f"{name}-2 is unfinished; --resume" in third and f"{name}-3 holds" in third
-    status, out, _ = script(backward_smoothing, *TINY, "--resume")
-    assert status == 0 and f"{name}-2, from epoch 3" in out
+def test_what_fails_after_the_training_is_only_a_warning(monkeypatch, script, tmp_path):
+    """A picture that cannot be drawn, a log that a spreadsheet has locked."""
+    def broken(*args, **kwargs):
+        raise RuntimeError("no TeX here")
+
+    def locked(path, *args, **kwargs):
+        if Path(path).name == "log.csv":
+            raise PermissionError(path)
+        return open(path, *args, **kwargs)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", broken)
+    monkeypatch.setattr(common, "open", locked, raising=False)
+    status, out, _ = script(fast_at, *TINY, "--epochs", 1, "--out", "run")
+    assert status == 0 and "warning: curves.png could not be drawn: no TeX here" in out
+    assert json.loads((tmp_path / "run/result.json").read_text())["last"]["epoch"] == 1
 
 
-def test_the_warning_about_catastrophic_overfitting(monkeypatch, script):
-    results = iter([(90, 60), (90, 30), (90, 60), (90, 30)])
-    monkeypatch.setattr(bookkeeping, "accuracy", lambda *args, **kwargs: next(results))
-    out = script(backward_smoothing, *TINY)[1]
-    assert "warning: PGD accuracy fell" in out and "--alpha" in out
-
-
-def test_best_is_chosen_on_held_out_pictures(monkeypatch, script, tmp_path):
-    results = iter([(50, 40), (60, 30), (50, 50), (50, 50)])
-    monkeypatch.setattr(bookkeeping, "accuracy", lambda *args, **kwargs: next(results))
-    script(backward_smoothing, *TINY, "--out", "run")
-    best, last = (torch.load(tmp_path / f"run/{name}.pt", weights_only=True)
-                  for name in ("best", "last"))
-    assert best["epoch"] == 1 and last["epoch"] == 2 and not equal(best["model"], last["model"])
-
-
-@pytest.mark.parametrize("options", [
-    ["--precision", "bf16"], ["--precision", "fp16"], ["--norm", "l2"], ["--arch", "vgg16"],
-    ["--lr-schedule", "piecewise"]])
-def test_options_work(script, tmp_path, options):
-    assert script(backward_smoothing, *TINY, "--out", "run", *options)[0] == 0
-    assert all(value.isfinite().all() for value in weights(tmp_path / "run/last.pt").values())
-
-
-def test_a_folder_of_pictures_is_trained_on_and_found_again(script, folder, tmp_path):
-    status, out, _ = script(backward_smoothing, "--dataset", "pets", "--arch", "resnet10",
-                            "--width", 8, "--epochs", 1, "--batch-size", 4, "--val-size", 4,
-                            "--out", "run")
-    assert status == 0 and "12 training, 4 held-out, 8 test pictures of 32x32 in 2 classes" in out
-    status, out, _ = script(evaluate, "run/best.pt", "--steps", 2, "--restarts", 1)
-    assert status == 0 and "pets" in out and "decoding" not in out
-
-
+# -------------------------------------------------------------------------------------- the options
 SMOKE = [  # every option of every script, with a value that is not its default
-    (fast_at, "--steps 2 --alpha 3 --init zero --grad-align 0.2 --recover"),
-    (fast_at, "--steps 0 --activation swish --arch preactresnet18 --attack-bn eval"),
-    (fast_at, "--norm l2 --eps 128 --train-size 64 --batch-size 32 --milestones 0.2 0.9 "
-     "--label-noise 0.25"),
+    (fast_at, "--steps 2 --alpha 3 --init zero --grad-align 0.2 --recover --keep-epochs"),
+    (fast_at, "--steps 0 --activation swish --arch preactresnet18 --no-flip --image-size 32"),
+    (fast_at, "--norm l2 --eps 128 --milestones 0.2 0.9 --lr-schedule piecewise --compile"),
+    (fast_at, "--init noise --attack-bn eval --precision fp16 --train-size 4 --batch-size 4"),
+    (fast_at, "--seed 2 --device cpu --width 24 --lr 0.05 --lr-schedule cosine --weight-decay 0"),
     (trades, "--steps 2 --alpha 3 --init uniform --beta 2 --norm l2 --eps 128 --attack-bn train"),
-    (trades, "--steps 1 --init uniform --lr 0.05 --lr-schedule piecewise --weight-decay 0"),
+    (trades, "--steps 1 --data-dir elsewhere"),
     (backward_smoothing, "--gamma 2 --beta 5 --alpha 6 --random-points 3 --attack-bn train"),
-    (backward_smoothing, "--alone --seed 4 --precision bf16"),
-    (backward_smoothing, "--objective ce --arch wrn-16-8 --val-size 10"),
-    (fast_bat, "--linearization pgd --lmbda 0.1 --alpha2 0.02 --hessian-aware --arch resnet10"),
+    (backward_smoothing, "--alone --precision bf16 --arch vgg16"),
+    (backward_smoothing, "--objective ce --arch wrn-16-8 --width 16"),
+    (fast_bat, "--linearization pgd --lmbda 0.1 --alpha2 0.02 --hessian-aware"),
     (fast_bat, "--linearization uniform --eps 16 --precision bf16 --activation softplus"),
     (fast_bat, "--linearization corner --attack-bn eval"),
     (kd_swa, "--attack trades --steps 2 --alpha 3 --beta 2 --kd adv --lambda1 0.4 --temperature 3 "
-             "--teacher-epochs 1 --iswa"),
+             "--teacher-epochs 1 --iswa --milestones 0 --lr-schedule piecewise"),
     (kd_swa, "--attack fgsm --kd std --lambda2 0.4 --teacher-epochs 1 --no-swa --norm l2"),
     (kd_swa, "--tf-kd --label-smoothing 0.1 --steps 1 --precision bf16"),
 ]
 
 
 @pytest.mark.parametrize("module, options", SMOKE, ids=lambda v: getattr(v, "__name__", v))
-def test_every_script_runs_with_its_options(script, tmp_path, module, options):
-    status, out, err = script(module, *TINY, "--epochs", 1, "--out", "run", *options.split())
+def test_every_script_runs_with_its_options(script, tmp_path, monkeypatch, module, options):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    status, out, err = script(module, *TINY, *"--epochs 1 --train-size 32 --val-size 10 --test-size"
+                              " 20 --out run".split(), *options.split())
     assert status == 0, err
+    assert ("--keep-epochs" in options) == (tmp_path / "run/epoch-1.pt").exists()
     for path in (tmp_path / "run").glob("*.pt"):
         assert all(value.isfinite().all() for value in weights(path).values())
     result = json.loads((tmp_path / "run/result.json").read_text())
@@ -162,12 +193,14 @@ def test_every_script_runs_with_its_options(script, tmp_path, module, options):
 
 
 def test_the_smoke_runs_leave_no_option_out():
-    """Of those that are the script's own; the common ones are tried with one script or another."""
-    common_ones = set.intersection(*(set(vars(module.parse_args(TINY))) for module in SCRIPTS))
+    """The common ones are tried with one script or another."""
+    known = {module: vars(module.parse_args(TINY)).keys() for module in SCRIPTS}
+    elsewhere = {"method", "resume", "dataset", "adv_teacher", "std_teacher"}
     for module in SCRIPTS:
-        own = vars(module.parse_args(TINY)).keys() - common_ones - {"adv_teacher", "std_teacher"}
-        words = " ".join(options for script, options in SMOKE if script is module)
-        assert own and all(f"--{name.replace('_', '-')}" in words for name in own)
+        for name in known[module] - elsewhere:
+            words = " ".join([*TINY, "--out"] + [options for script, options in SMOKE if (
+                script is module or all(name in names for names in known.values()))])
+            assert re.search(rf"--{name.replace('_', '-')}\b", words), (module, name)
 
 
 class Recorder(argparse.Namespace):
@@ -179,480 +212,409 @@ class Recorder(argparse.Namespace):
         return super().__getattribute__(name)
 
 
-@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
+@each_script
 def test_every_option_is_read(module, monkeypatch, script, folder):
-    options = ["--dataset", "pets", "--arch", "resnet10", "--width", "8", "--epochs", "2",
-               "--val-size", "4", "--batch-size", "4", "--lr-schedule", "piecewise",
-               *(["--teacher-epochs", "1"] if module is kd_swa else [])]
-
     def parse_args():
-        args = module.parse_args(options)
+        more = ["--teacher-epochs", "1", "--steps", "1"] if module is kd_swa else []
+        args = module.parse_args([*PETS, "--lr-schedule", "piecewise", *more])
         Recorder.read.clear()
         return Recorder(**vars(args))
-    monkeypatch.setattr(sys, "argv", ["x"])
-    module.train(parse_args())
-    known = vars(module.parse_args(options)).keys()
-    assert known - Recorder.read == {"processes"}  # recorded only
+    assert script(types.SimpleNamespace(__name__=module.__name__, train=module.train,
+                                        parse_args=parse_args))[0] == 0
+    assert not vars(module.parse_args(PETS)).keys() - Recorder.read
 
 
-# ------------------------------------------------------------------------- the skeleton they share
+def test_the_defaults_of_shapes(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for words in (["--dataset", "shapes", "--help"], ["-h"]):
+        with pytest.raises(SystemExit, match="^0$"):
+            fast_at.parse_args(words)
+        text = " ".join(capsys.readouterr().out.split())
+        found.append([re.search(rf"--{name} .*?\(default: (.*?)\)", text)[1]
+                      for name in ("arch", "width", "epochs", "batch-size")])
+    small = common.small_preset("shapes")
+    assert found[0] == [str(small[name]) for name in ("arch", "width", "epochs", "batch_size")]
+    assert found[1] == ["resnet18", "None", "100", "128"]
+    args = fast_at.parse_args(["--dataset", "shapes", "--epochs", "9"])
+    assert (args.epochs, args.width) == (9, small["width"])
+    for name in ("cifar-10", "CIFAR10"):
+        assert fast_at.parse_args(["--dataset", name]).dataset == "cifar10"
+    for eps in ("8", "8/255", "8.0"):
+        assert fast_at.parse_args(["--eps", eps]).eps == 8 / 255
 
+
+# ------------------------------------------------------------------------- the scripts side by side
 def loop(module):
-    """train() and what follows."""
+    """train() and what follows, without the lines that are marked as the method's."""
+    source, marked = Path(module.__file__).read_text(), r"^ *# --- method ---\n(.*\n)*?.*end of.*\n"
+    return re.sub(marked, "", source[source.index("def train(args):"):], flags=re.M)
+
+
+@each_script
+def test_every_script_has_the_same_order_and_the_same_loop(module):
+    assert loop(module) == loop(fast_at) and len(loop(module).splitlines()) > 25
     source = Path(module.__file__).read_text()
-    return source[source.index("def train(args):"):]
-
-
-def without_the_method(module):
-    """The loop without the lines that are marked as the method's."""
-    marked = r"^ *# --- method ---\n(.*?\n)*? *# --- end of method ---\n"
-    return re.sub(marked, "", loop(module), flags=re.M)
-
-
-@pytest.mark.parametrize("module", SCRIPTS[1:], ids=lambda module: module.__name__)
-def test_the_loop_is_the_same_text_in_every_script(module):
-    assert without_the_method(module) == without_the_method(fast_at)
-    assert "training_loss" not in without_the_method(module)
-    assert len(without_the_method(module).splitlines()) > 25
-
-
-@pytest.mark.parametrize("one, other", list(itertools.combinations(SCRIPTS, 2)),
-                         ids=lambda module: module.__name__)
-def test_a_diff_of_two_loops_shows_little_but_the_method(one, other):
-    lines = [loop(module).splitlines() for module in (one, other)]
-    matcher = difflib.SequenceMatcher(None, *lines, autojunk=False)
-    same = sum(block.size for block in matcher.get_matching_blocks())
-    assert 1 - 2 * same / sum(map(len, lines)) <= 0.2
-
-
-@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
-def test_every_script_has_the_same_order(module):
-    source = Path(module.__file__).read_text()
-    parts = ['"""', "import torch\n", "def parse_args(argv=None):", "def training_loss(model, x, y",
-             "def train(args):", 'if __name__ == "__main__":']
+    parts = ['"""', "import torch\n", "import common\n", "def parse_args(argv=None):",
+             "def train(args):", "# --- method ---", 'if __name__ == "__main__":']
     places = [source.index(part) for part in parts]
-    assert places == sorted(places) and len(source.splitlines()) <= 220
+    assert places == sorted(places)
     assert "Compared with fast_at.py:" in source or module is fast_at
     assert f"python {module.__name__}.py --eps 8" in module.__doc__
+    ours = {path.stem for path in ROOT.glob("*.py")}
+    assert ours & set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.M)) == {"common"}
 
 
-# ------------------------------------------------------------------------- kd_swa and its teachers
+def test_sizes():
+    lines = {path: path.read_text().splitlines() for path in ROOT.rglob("*.py")
+             if path.parent in (ROOT, ROOT / "tests")}
+    for module in SCRIPTS:
+        assert len(lines[Path(module.__file__)]) <= 195, module
+    assert len(lines[ROOT / "common.py"]) <= 800
+    assert len(lines[ROOT / "evaluate.py"]) <= 660
+    assert sum(len(text) for path, text in lines.items() if path.parent != ROOT) <= 3300
+    for path, text in lines.items():
+        assert not [number for number, line in enumerate(text, 1) if len(line) > 100], path
+    readme = (ROOT / "README.md").read_bytes()
+    assert readme.count(b"\n") <= 260 and len(readme) <= 16 * 1024
+    assert {path.stem for path in ROOT.glob("*.py")} == {
+        "common", "evaluate", *(module.__name__ for module in SCRIPTS)}
 
-KD = [*TINY, "--teacher-epochs", "1", "--steps", "1"]
+
+def test_each_script_runs_in_a_folder_with_common_alone(tmp_path):
+    """Within one process, to import torch once. What torchrun sets for its processes may be left in
+    the environment, and the console may not know all characters."""
+    for name in (module.__name__ for module in SCRIPTS):
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / f"{name}.py", tmp_path / name)
+        shutil.copy(ROOT / "common.py", tmp_path / name)
+    program = ("import os, runpy, sys\n"
+               "for name in os.listdir():\n"
+               "    os.chdir(name)\n"
+               "    sys.argv = [f'{name}.py', *sys.argv[1:]]\n"
+               "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+               "    assert os.path.samefile(sys.modules.pop('common').__file__, 'common.py')\n"
+               "    os.chdir('..')\n")
+    words = [*TINY, *"--epochs 1 --train-size 16 --test-size 10 --out là".split()]
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | dict(
+                              RANK="1", WORLD_SIZE="4", LOCAL_RANK="1", PYTHONIOENCODING="ascii"))
+    assert done.returncode == 0, done.stderr
+    for name in (module.__name__ for module in SCRIPTS):
+        result = json.loads((tmp_path / name / "là/result.json").read_text())
+        assert result["args"]["method"] == name
 
 
-def test_kd_swa_saves_and_evaluates_the_plain_and_the_averaged_model(script, tmp_path):
-    status, out, err = script(kd_swa, *KD, "--out", "run", "--epochs", 3)
+# -------------------------------------------------------------------------- kd_swa and its teachers
+KD = [*TINY, *"--teacher-epochs 1 --steps 1 --train-size 32 --val-size 10 --test-size 10".split()]
+
+
+def test_kd_swa_saves_and_evaluates_the_plain_and_the_averaged_network(script, tmp_path):
+    status, out, err = script(kd_swa, *KD, "--out", "run", "--epochs", 4, "--keep-epochs")
     assert status == 0, err
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert {"best", "last", "difference", "swa_best", "swa_last", "swa_difference"} <= result.keys()
     rows = list(csv.DictReader((tmp_path / "run/log.csv").open()))
-    assert [bool(row["swa_val_pgd"]) for row in rows] == [False, False, True]  # from half-way on
-    assert result["swa_last"]["val_pgd"] == float(rows[-1]["swa_val_pgd"])
-    assert re.search(r"^swa_difference", out, re.M) and out.count("first the") == 2
-    plain, averaged = (weights(tmp_path / f"run/{name}.pt") for name in ("last", "swa_last"))
-    assert equal({k: v for k, v in plain.items() if "running" not in k and "num" not in k},
-                 averaged | {})  # one network in the average: itself, but for BatchNorm
-    assert not torch.equal(plain["bn1.running_mean"], averaged["bn1.running_mean"])
-    assert script(evaluate, "run/swa_best.pt", "--steps", 1, "--restarts", 1)[0] == 0
+    found = [float(row["swa_val_pgd"]) for row in rows if row.get("swa_val_pgd")]
+    assert len(found) == 2 and not rows[0].get("swa_val_pgd")  # from half-way on
+    assert result["swa_last"]["val_pgd"] == found[-1]
+    assert result["swa_best"]["val_pgd"] == max(found)
+    assert re.search(r"^swa_best +\d", out, re.M) and out.count("first the") == 2
+    names = ("epoch-3", "epoch-4", "swa_last", "swa_epoch-4")
+    third, fourth, mean, same = (weights(tmp_path / f"run/{name}.pt") for name in names)
+    assert equal(mean, same)
+    for name in (name for name in mean if "running" not in name and "num_" not in name):
+        assert torch.allclose(mean[name], (third[name] + fourth[name]) / 2, atol=1e-6)
+    assert not torch.equal(mean["bn1.running_mean"], fourth["bn1.running_mean"])
 
-
-def test_teachers_are_kept_and_can_be_given(script, tmp_path):
-    script(kd_swa, *KD, "--label-noise", 0.5, "--out", "run")
-    teachers = ["--adv-teacher", "run/adv-teacher/best.pt", "--std-teacher",
-                "run/std-teacher/last.pt"]
-    status, out, _ = script(kd_swa, *KD, "--label-noise", 0.5, "--out", "again", *teachers)
+    # Its teachers can be used again, and were trained as they should be.
+    about = [json.loads((tmp_path / f"run/{kind}-teacher/args.json").read_text())["args"]
+             for kind in ("adv", "std")]
+    assert [a["steps"] for a in about] == [1, 0] and [a["epochs"] for a in about] == [1, 1]
+    assert about[0]["alpha"] == 1.25 * 8 / 255
+    given = "--adv-teacher run/adv-teacher/best.pt --std-teacher run/std-teacher/best.pt".split()
+    status, out, _ = script(kd_swa, *KD, "--out", "again", "--epochs", 4, *given)
     assert status == 0 and "first the" not in out
-    assert equal(weights(tmp_path / "run/last.pt"), weights(tmp_path / "again/last.pt"))
-    about = json.loads((tmp_path / "run/std-teacher/args.json").read_text())["args"]
-    assert (about["method"], about["steps"], about["epochs"]) == ("fast_at", 0, 1)
-    assert about["label_noise"] == 0.5  # it learns from the same labels
-    about = json.loads((tmp_path / "run/adv-teacher/args.json").read_text())["args"]
-    assert (about["steps"], about["alpha"]) == (1, 1.25 * 8 / 255)
+    assert equal(weights(tmp_path / "again/swa_last.pt"), mean)
 
 
-@pytest.mark.parametrize("moment", [1, 2, 4])
-def test_kd_swa_resumes_in_the_right_phase(script, tmp_path, monkeypatch, moment):
-    """Interrupted in the first teacher, in the second, and in the third epoch of three."""
-    options = [*KD, "--epochs", 3, "--milestones", "0.3", "--lr-schedule", "piecewise", "--out"]
+def test_kd_swa_resumes_in_the_right_phase(script, tmp_path, monkeypatch):
+    """After Ctrl-C in the first teacher, in the second, and in the third epoch of three."""
+    options = [*KD, "--epochs", 3, "--milestones", 0.3, "--lr-schedule", "piecewise", "--out"]
     script(kd_swa, *options, "whole")
-    start, starts = bookkeeping.Run.start_epoch, []
-
-    def interrupt(run):
-        starts.append(run.folder)
-        if len(starts) == moment + 1:
-            raise KeyboardInterrupt
-        start(run)
-    monkeypatch.setattr(bookkeeping.Run, "start_epoch", interrupt)
-    status, _, err = script(kd_swa, *options, "run")
-    assert status == 2 and "--out run --resume" in err
-    status, out, err = script(kd_swa, *options, "run", "--resume")
-    assert status == 0, err
-    assert out.count("first the") == max(0, 2 - moment)  # a finished teacher is used as it is
-    for name in ("last.pt", "swa_last.pt", "adv-teacher/best.pt", "std-teacher/last.pt"):
-        assert equal(weights(tmp_path / "run" / name), weights(tmp_path / "whole" / name))
-
-
-def test_momentum_of_another_memory_format_resumes_to_the_same_weights(script, tmp_path,
-                                                                       monkeypatch):
-    """As after training in bf16 on a CPU, in NCHW: fused SGD takes memory as it lies."""
-    options = [*TINY, "--epochs", 2, "--out"]
-    script(fast_at, *options, "whole")
-    start, starts = bookkeeping.Run.start_epoch, []
-
-    def interrupt(run):
-        starts.append(run.folder)
-        if len(starts) == 2:
-            raise KeyboardInterrupt
-        start(run)
-    monkeypatch.setattr(bookkeeping.Run, "start_epoch", interrupt)
-    script(fast_at, *options, "run")
-    state = bookkeeping.load(tmp_path / "run/last.pt")
-    held = [one for one in state["optimizer"]["state"].values()
-            if one["momentum_buffer"].dim() == 4]
-    for one in held:
-        assert not one["momentum_buffer"].is_contiguous() or one["momentum_buffer"].shape[2] == 1
-        one["momentum_buffer"] = one["momentum_buffer"].contiguous()
-    bookkeeping.save(state, tmp_path / "run/last.pt")
-    assert len(held) > 5 and script(fast_at, *options, "run", "--resume")[0] == 0
-    assert equal(weights(tmp_path / "run/last.pt"), weights(tmp_path / "whole/last.pt"))
-
-
-def test_teachers_that_do_not_fit(script, folder, tmp_path):
-    script(fast_at, *TINY, "--steps", 0, "--epochs", 1, "--out", "teacher")
-    given = ["--std-teacher", "teacher/last.pt", "--kd", "std"]
-    for options in (["--arch", "resnet18"], ["--width", 16], ["--arch", "vgg16"]):
-        status, _, err = script(kd_swa, *KD, *given, *options)
-        one_line(status, err, "teacher/last.pt holds another architecture")
-    pets = ["--dataset", "pets", "--arch", "resnet10", "--width", 8, "--epochs", 1, "--val-size", 4,
-            "--batch-size", 4]
-    one_line(*script(kd_swa, *pets, *given)[::2], "10 classes.* 2")
-    status, _, err = script(kd_swa, *KD, "--std-teacher", "none.pt", "--kd", "std")
-    one_line(status, err, "none.pt does not exist")
-
-
-@pytest.mark.parametrize("module, options, message", [
-    (fast_bat, "--norm l2", "--norm: Fast-BAT is defined for linf"),
-    (kd_swa, "--lambda1 0.7 --lambda2 0.7", "sum is above 1"),
-    (kd_swa, "--iswa --no-swa", "--iswa.*--no-swa"),
-    (trades, "--steps 0", "--steps.*at least 1"),
-    (fast_at, "--init normal", "--init.*uniform"),
-    (fast_at, "--train-size 0", "--train-size.*at least 1"),
-    (fast_at, "--label-noise 2", "--label-noise.*at most 1"),
-    (fast_at, "--train-size 30 --batch-size 64", "--batch-size 64 exceeds the 30"),
-])
-def test_bad_options_of_the_methods(script, module, options, message):
-    status, _, err = script(module, *TINY, *options.split())
-    one_line(status, err, message)
-
-
-def test_what_differentiates_twice_runs_eager(script, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("compiled"))
-    for module, options in ((fast_bat, []), (fast_at, ["--grad-align", 0.2])):
-        status, out, _ = script(module, *TINY, "--epochs", 1, "--compile", *options)
-        assert status == 0 and "torch.compile cannot: running eager" in out
-
-
-# ------------------------------------------------------------------------------------------- speed
-
-@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
-def test_the_host_never_waits_for_the_device_within_an_epoch(module, monkeypatch, script):
-    """Whatever needs a number from the device waits for all that was queued before. `attacking`
-    looks at its input on the CPU alone."""
-    inside = []
-
-    def watched(name, genuine):
-        def call(tensor, *args, **kwargs):
-            caller = sys._getframe(1).f_code.co_name
-            assert not inside or caller == "attacking", f"{name} in {caller}"
-            return genuine(tensor, *args, **kwargs)
-        return call
-    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__"):
-        monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
-    start, end = bookkeeping.Run.start_epoch, bookkeeping.Run.end_epoch
-    seen = []
-
-    def begin(run):
-        start(run)
-        inside.append(1)
-        seen.append(run.steps)
-
-    def finish(run, *args):
-        inside.clear()
-        end(run, *args)
-    monkeypatch.setattr(bookkeeping.Run, "start_epoch", begin)
-    monkeypatch.setattr(bookkeeping.Run, "end_epoch", finish)
-    options = ["--kd", "none", "--steps", 1, "--no-swa"] if module is kd_swa else []
-    status, _, err = script(module, *TINY, "--epochs", 1, *options)
-    assert status == 0, err
-    assert seen[0] > 3
-
-
-def test_compiled_attacks_compute_no_weight_gradients_and_nothing_is_compiled_twice(
-        script, monkeypatch):
-    """Of the compiled backward passes, those of the attack have no gradient of a weight in them."""
-    from functorch.compile import make_boxed_func
-    from torch._dynamo.backends.common import aot_autograd
-    weight_gradients, epochs = [], []
-
-    def backward(graph, _):
-        weight_gradients.append(sum(
-            node.args[-1][1] for node in graph.graph.nodes
-            if node.target is torch.ops.aten.convolution_backward.default))
-        return make_boxed_func(graph.forward)
-    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
-                           bw_compiler=backward)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    end = bookkeeping.Run.end_epoch
-    monkeypatch.setattr(bookkeeping.Run, "end_epoch", lambda run, *args: (
-        epochs.append(len(weight_gradients)), end(run, *args)))
-    status, _, err = script(backward_smoothing, *TINY, "--compile", "--precision", "fp32")
-    assert status == 0, err
-    convolutions = 12
-    assert weight_gradients == [0, convolutions]  # the attack's graph, and the training step's
-    assert epochs == [2, 2]
-
-
-def test_compile_trains_the_same_network(script, tmp_path, monkeypatch):
-    """Captured and differentiated by torch.compile; only its code generator, slow to start, is left
-    out."""
-    aot = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", aot)
-    for out, options in (("eager", []), ("compiled", ["--compile"])):
-        status, _, err = script(backward_smoothing, *TINY, "--out", out, "--epochs", 1, *options)
+    for moment in (1, 2, 5):
+        outcome = interrupted(monkeypatch, script, moment, kd_swa, *options, f"run{moment}")
+        one_line(outcome, rf"interrupted; .*--resume --out run{moment}$")
+        status, out, err = script(kd_swa, "--resume", "--out", f"run{moment}")
         assert status == 0, err
-    a, b = (weights(tmp_path / out / "last.pt") for out in ("eager", "compiled"))
-    assert all(torch.allclose(a[name].float(), b[name].float(), atol=1e-3) for name in a)
+        assert out.count("first the") == max(0, 3 - moment)  # a finished teacher stays as it is
+        for name in ("last.pt", "swa_last.pt", "adv-teacher/best.pt", "std-teacher/last.pt"):
+            assert equal(weights(tmp_path / f"run{moment}" / name),
+                         weights(tmp_path / "whole" / name)), (moment, name)
 
 
-# ------------------------------------------------------------------------- interrupted and shared
-
-def wait_for(line, process):
-    """Reads the process's output up to `line`."""
-    for text in process.stdout:
-        if re.search(line, text):
-            return
-    raise AssertionError(f"no {line}: {process.communicate()}")
+def test_teachers_that_do_not_fit(script, folder):
+    script(fast_at, *TINY, "--steps", 0, "--epochs", 1, "--out", "teacher")
+    given = ["--kd", "std", "--std-teacher"]
+    one_line(script(kd_swa, *PETS, *given, "teacher/last.pt"), "teacher/last.pt .*other classes")
+    one_line(script(kd_swa, *KD, *given, "none.pt"), "none.pt")
 
 
-SHORT = [*TINY, "--train-size", 640, "--out", "run"]
+# ----------------------------------------------------------------------------------------- resuming
+def test_a_run_is_resumed_with_its_own_settings(script, tmp_path, monkeypatch):
+    options = [*TINY, "--seed", 3, "--lr", 0.05, "--init", "zero"]
+    script(fast_at, *options, "--out", "whole")
+    outcome = interrupted(monkeypatch, script, 2, fast_at, *options)
+    name = "runs/fast_at-shapes-resnet10-eps8-seed3"
+    one_line(outcome, f"interrupted; to continue, add --resume --out {name}$")
+    shutil.copytree(tmp_path / name, tmp_path / "again")
+    resume = ["--resume", "--out", name]
+    one_line(script(fast_at, *resume, "--lr", 0.2), "--lr was 0.05 .*leave it out")
+    one_line(script(trades, *resume), f"no run of trades.py to resume in {name}")
+    one_line(script(trades, "--resume"), "no run of trades.py to resume in runs")
+    for more in ([], ["--out", "again/", "--lr", 0.05, "--eps", 8]):  # at first the newest run
+        status, _, err = script(fast_at, "--resume", *more)
+        assert status == 0, err
+    for path in (tmp_path / name, tmp_path / "again"):
+        assert equal(weights(path / "last.pt"), weights(tmp_path / "whole/last.pt"))
+        logs = [[(row["epoch"], row["val_pgd"]) for row in csv.DictReader((run / "log.csv").open())]
+                for run in (path, tmp_path / "whole")]
+        assert logs[0] == logs[1]
 
 
-def test_ctrl_c_says_how_to_resume(tmp_path):
-    process = command("backward_smoothing.py", *SHORT, "--epochs", 100, cwd=tmp_path)
-    wait_for(r"^ +1  0\.\d+ ", process)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 2 and "Traceback" not in err
-    assert "interrupted: run/last.pt holds" in err and "--out run --resume" in err
+def test_a_run_goes_on_with_more_epochs_and_with_the_data_at_another_path(script, tmp_path, folder):
+    options = [*PETS, "--lr-schedule", "piecewise", "--milestones", 1, "--out"]
+    script(fast_at, *options, "whole")
+    script(fast_at, *options, "run", "--epochs", 1)
+    folder.rename(tmp_path / "moved")
+    one_line(script(fast_at, "--resume", "--out", "run"), "pets is not a folder")
+    status, _, err = script(fast_at, *"--resume --out run --epochs 2 --dataset moved".split())
+    assert status == 0, err
+    assert equal(weights(tmp_path / "run/last.pt"), weights(tmp_path / "whole/last.pt"))
+    for part in ("train", "test"):
+        (tmp_path / "moved" / part / "cat").rename(tmp_path / "moved" / part / "mouse")
+    common.list_folder.cache_clear()
+    one_line(script(fast_at, *"--resume --out run --dataset moved --epochs 3".split()),
+             "other classes")
 
 
-def test_torchrun_shares_the_work(tmp_path, folder):
-    """Two processes train two teachers and their pupil: one folder, and one test of each."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         ROOT / "kd_swa.py", *map(str, SHORT), "--dataset", folder, "--arch", "resnet10",
-         "--batch-size", "6", "--val-size", "4", "--teacher-epochs", "1"],
-        cwd=tmp_path, text=True, capture_output=True)
+def test_killed_at_any_moment_a_run_resumes_to_the_same_weights(script, tmp_path):
+    options = [*TINY, *"--epochs 5 --tf-kd --steps 1 --val-size 10 --test-size 10 --out".split()]
+    start = time.perf_counter()
+    script(kd_swa, *options, "whole")
+    length, moment = time.perf_counter() - start, random.random()
+    process = command("kd_swa.py", *options, "run", cwd=tmp_path)
+    while process.poll() is None and not any(  # until the run has begun
+            path.stat().st_size for path in tmp_path.glob("run/args.json")):
+        time.sleep(0.01)
+    time.sleep(moment * length)
+    process.kill()
+    process.communicate()
+    status, _, err = script(kd_swa, "--resume", "--out", "run")
+    assert status == 0, err
+    for path in (tmp_path / "whole").glob("*.pt"):
+        assert equal(weights(path), weights(tmp_path / "run" / path.name)), (path, moment)
+
+
+# -------------------------------------------------------------------------------- several processes
+def shared_work():
+    """What each process of test_two_processes... does: by method, the losses on its share of each
+    batch, of the same images and noise however many processes there are, with BatchNorm in eval
+    mode; then which of 40 images withstand an attack, and which of them it has attacked."""
+    rand, randn, randint, losses, seen = torch.rand, torch.randn, torch.randint, {}, []
+    start_epoch, scale = common.Run.start_epoch, torch.amp.GradScaler.scale
+    generator = torch.Generator().manual_seed(0)
+
+    def share(shape, draw, *args):
+        """This process's part of what is drawn for a whole batch of 8."""
+        axis = list(shape).index(8 // common.WORLD)
+        whole = draw(*args, [*shape[:axis], 8, *shape[axis + 1:]], generator=generator)
+        return whole.unflatten(axis, (-1, common.WORLD)).select(axis + 1, common.RANK)
+
+    def start(run):
+        start_epoch(run)
+        run.state["model"].eval()
+        patch.setattr(torch, "rand", lambda *shape, device: share(shape, rand))
+        patch.setattr(torch, "randint", lambda high, shape, device: share(shape, randint, high))
+        patch.setattr(torch, "randn_like", lambda x: share(x.shape, randn))
+        patch.setattr(torch.Tensor, "uniform_", lambda x, low=0, high=1, generator=None:
+                      x.copy_(low + (high - low) * share(x.shape, rand)))
+
+    def record(scaler, loss):
+        losses[method].append(loss.item())
+        return scale(scaler, loss)
+    for method, words in (("fast_at", "--grad-align 0.2"), ("trades", "--steps 2"),
+                          ("backward_smoothing", ""), ("fast_bat", "--hessian-aware"),
+                          ("kd_swa", "--tf-kd --steps 2")):
+        losses[method], module = [], next(m for m in SCRIPTS if m.__name__ == method)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError, match="NoneType"):
+            patch.setattr(common.Run, "start_epoch", start)
+            patch.setattr(common.Run, "end_epoch", None)  # which cannot be called: the end
+            patch.setattr(torch.amp.GradScaler, "scale", record)
+            module.train(module.parse_args([
+                *TINY, *words.split(), *"--batch-size 8 --train-size 48 --epochs 1".split(),
+                *f"--attack-bn eval --activation softplus --out {common.WORLD}-{method}".split()]))
+    torch.manual_seed(0)
+    model, (x, y) = common.Classifier("resnet10", 10, 16), common.draw_shapes(40, 0)
+
+    def attack(model, x, y):
+        seen.extend(x.sum((1, 2, 3)).tolist())
+        return common.pgd_attack(model, x, y, 8 / 255, 2 / 255, 2, start="zero")
+    y = model.eval()(x / 255).argmax(1).where(torch.arange(40) > 3, y)  # not all attacked
+    correct = common.still_correct(model, x, y, lambda model, x, y: x, attack, batch_size=7)
+    Path(f"{common.WORLD}-{common.RANK}.json").write_text(json.dumps(
+        [losses, correct.tolist(), seen]))
+
+
+def test_two_processes_have_the_losses_of_one_and_share_the_evaluation(script, tmp_path):
+    """And train kd_swa's two teachers and their pupil: one folder, and what one of them prints."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", __file__, *KD], text=True, capture_output=True,
+                          timeout=300, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test pictures; PGD") == 3
-    assert json.loads((tmp_path / "run/args.json").read_text())["args"]["processes"] == 2
-    for name in ("last.pt", "swa_last.pt"):
-        assert all(value.isfinite().all() for value in weights(tmp_path / "run" / name).values())
+    shared_work()
+    (one, correct, seen), *two = (json.loads(Path(f"{name}.json").read_text())
+                                  for name in ("1-0", "2-0", "2-1"))
+    for method, losses in one.items():
+        assert len(losses) == 6 and losses[0] != losses[-1]
+        means = [(a + b) / 2 for a, b in zip(two[0][0][method], two[1][0][method], strict=True)]
+        assert means == pytest.approx(losses, rel=1e-4), method
+    assert two[0][1] == two[1][1] == correct and 0 < sum(correct) < 40
+    assert 36 <= len(seen) < 40 and abs(len(two[0][2]) - len(two[1][2])) <= 1
+    assert sorted(two[0][2] + two[1][2]) == pytest.approx(sorted(seen))
+    assert done.stdout.count("10 test images  epoch") == 3
+    run, = (tmp_path / "runs").iterdir()
+    for name in ("last.pt", "swa_last.pt", "adv-teacher/best.pt"):
+        assert all(value.isfinite().all() for value in weights(run / name).values())
 
 
-# --------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
+BAD = [
+    (fast_at, "--dataset imagenet-99", "imagenet-99 is not a folder, nor one of cifar10, .*shapes"),
+    (fast_at, "--arch resnet19", "resnet19.*resnet18"), (fast_at, "--nonsense 1", "nonsense"),
+    (fast_at, "--eps 0.031", "unit is 1/255: did you mean 7.905"),
+    (fast_at, "--eps 0.4 --norm l2", "unit is 1/255: did you mean 102"),
+    (fast_at, "--eps -3", "--eps.*-3"), (fast_at, "--eps nan", "--eps.*nan"),
+    (fast_at, "--eps eight", "--eps.*eight"), (fast_at, "--alpha 0.0078", "did you mean 1.989"),
+    (fast_at, "--width 8", "--width.*8 is not between 16"), (fast_at, "--lr 0", "--lr"),
+    (fast_at, "--epochs 0", "--epochs"), (fast_at, "--milestones 2", "--milestones.*between 0 and"),
+    (fast_at, "--train-size 0", "--train-size"), (fast_at, "--val-size 99999", "--val-size .*2200"),
+    (fast_at, "--test-size 5000", "--test-size .*1000"),
+    (fast_at, "--batch-size 65", "--batch-size 65 exceeds the 64 training images"),
+    (fast_at, "--batch-size 32", "--batch-size 32 is not divisible by 3 processes"),
+    (fast_at, "--device cuda", "no cuda on this machine"),
+    (fast_at, "--init normal", "--init.*uniform"), (fast_at, "--init noise --steps 2", "N-FGSM"),
+    (fast_at, "--grad-align 1 --compile", "--grad-align.*--compile"),
+    (fast_at, "--resume", "no run of fast_at.py to resume"),
+    (fast_at, "--resume --out none", "no run of fast_at.py to resume in none"),
+    (trades, "--steps 0", "--steps"), (trades, "--beta inf", "--beta"),
+    (backward_smoothing, "--random-points 0", "--random-points"),
+    (fast_bat, "--norm l2", "--norm: Fast-BAT is defined for linf"),
+    (fast_bat, "--compile", "Fast-BAT.*--compile"),
+    (kd_swa, "--lambda1 0.7 --lambda2 0.7", "--lambda1 and --lambda2 add up to more than 1"),
+    (kd_swa, "--iswa --no-swa", "--iswa.*--no-swa"), (kd_swa, "--temperature 0", "--temperature"),
+]
 
-BAD = {
-    "--dataset imagenet-99": "no folder .*imagenet-99.*--dataset takes cifar10.*shapes",
-    "--arch resnet19": "resnet19.*resnet18",
-    "--device tpu9": "tpu9.*--device",
-    "--eps 0": "--eps.*above 0 and at most 255", "--eps -3": "--eps.*above 0",
-    "--eps 256": "--eps.*at most 255",
-    "--eps eight": "--eps.*eight", "--eps nan": "--eps.*above 0", "--alpha 0": "--alpha.*above 0",
-    "--epochs 0": "--epochs.*at least 1", "--lr -1": "--lr", "--beta inf": "--beta",
-    "--gamma -1": "--gamma",
-    "--milestones 2": "--milestones.*at most 1", "--nonsense 1": "nonsense",
-    "--batch-size 5000": "--batch-size 5000 exceeds", "--val-size 99999": "--val-size",
-    "--resume": "no run to resume.*--resume",
-}
 
-
-def one_line(status, err, pattern):
-    assert status == 2
-    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
-    assert re.search(pattern, err), err
-
-
-@pytest.mark.parametrize("options", BAD)
-def test_a_bad_option_gets_one_line_and_status_2(script, tmp_path, options):
-    status, _, err = script(backward_smoothing, *TINY, *options.split())
-    one_line(status, err, BAD[options])
+@pytest.mark.parametrize("module, options, message", BAD, ids=lambda v: getattr(v, "__name__", v))
+def test_bad_options_get_one_line_and_status_2(script, tmp_path, monkeypatch, module, options,
+                                               message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(common, "WORLD", 3 if "--batch-size 32" in options else 1)
+    one_line(script(module, *TINY, *options.split()), message)
     assert not (tmp_path / "runs").exists()  # nothing is left behind
-
-
-def test_a_failed_start_leaves_no_run_folder(script, folder, tmp_path):
-    (folder / "train/cat/0.png").write_text("broken")
-    one_line(*script(backward_smoothing, "--dataset", "pets")[::2], r"cat/0.png cannot be used")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_an_out_folder_that_holds_a_run(script, tmp_path):
-    script(backward_smoothing, *TINY, "--out", "run")
-    before = (tmp_path / "run/last.pt").read_bytes()
-    status, _, err = script(backward_smoothing, *TINY, "--out", "run")
-    one_line(status, err, "holds a run.*--out.*--resume")
-    assert (tmp_path / "run/last.pt").read_bytes() == before
-
-
-def test_resume_with_other_settings_says_which(script):
-    script(backward_smoothing, *TINY, "--out", "run")
-    status, _, err = script(backward_smoothing, *TINY, "--out", "run", "--resume", "--beta", 3,
-                            "--lr", 0.2)
-    one_line(status, err, "other settings: .*--lr was 0.1, is 0.2.*--beta was 10.0, is 3.0")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script, tmp_path,
                                                                           monkeypatch):
-    genuine, steps = backward_smoothing.training_loss, []
+    genuine, calls = fast_at.fast_at, []
 
-    def sometimes_nan(*args):
-        steps.append(1)
-        return genuine(*args) * (torch.nan if len(steps) > 1 else 1)
-    monkeypatch.setattr(backward_smoothing, "training_loss", sometimes_nan)
-    status, _, err = script(backward_smoothing, *TINY, "--batch-size", 64, "--out", "run")
-    one_line(status, err, "loss of epoch 2 is nan.*run.*keeps epoch 1.*--lr")
-    assert all(value.isfinite().all() for value in weights(tmp_path / "run/last.pt").values())
+    def attack(*args):
+        calls.append(1)
+        return genuine(*args) * (torch.nan if len(calls) > 5 else 1)  # in the second epoch
+    monkeypatch.setattr(fast_at, "fast_at", attack)
+    one_line(script(fast_at, *TINY, "--out", "run"), "loss is nan.*--lr")
+    content = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert content["epoch"] == 1
+    assert all(value.isfinite().all() for value in content["model"].values())
 
 
-# ----------------------------------------------------------------------------------- the benchmark
-
-@pytest.mark.parametrize("more", [[], ["--baseline", "--methods", "Fast AT", "TRADES", "Fast-BAT"]])
+# ------------------------------------------------------------------------------------ the benchmark
+@pytest.mark.parametrize("more", [[], "--baseline --methods TRADES Fast-BAT".split()])
 def test_the_benchmark_prints_a_row_for_each_method(monkeypatch, capsys, tmp_path, more):
     import benchmark
-    words = "--arch resnet10 --width 8 --batch-size 2 --steps 1 --json rows.json".split()
-    words += ["--precision", "fp32", *["bf16"] * bool(more)]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words, *more])
+    words = "--arch resnet10 --width 16 --batch-size 2 --steps 1 --json rows.json --precision fp32"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.split(), *more])
     monkeypatch.chdir(tmp_path)
     benchmark.main()
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == (2 * more[2:] or list(benchmark.METHODS))
-    assert [row["precision"] for row in rows[::3]] == (["fp32", "bf16"] if more else 4 * ["fp32"])
-    assert all(row["measured"] > 0 and row["mebibytes"] > 0 for row in rows)
-    assert [row["method"] for row in rows if row.get("faster", 0) > 0] == 2 * more[2:4]
-    _, head, *lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(rows) and {len(line) for line in lines[:2]} == {len(head)}
-
-
-def test_the_benchmark_times_the_evaluation(monkeypatch, script, capsys):
-    import benchmark
-    script(backward_smoothing, *TINY, "--epochs", 1, "--out", "run")
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *"--evaluate run/best.pt --n-examples 9 "
-                                      "--pgd-steps 1 --steps 1".split()])
-    benchmark.main()
-    out = capsys.readouterr().out
-    assert re.search(r"PGD-1-10 on 9 pictures, robust 0\.\d+ .* s without; \d\.\d+ of it", out)
-    assert re.search(r"\d+ us a picture with BatchNorm folded, \d+ without", out)
-
-
-def test_the_benchmark_times_the_start_and_epochs_of_several_sizes(monkeypatch, capsys):
-    import benchmark
-
-    def run_here(command, **_):
-        """What would run in a process of its own, which ends with the first step."""
-        monkeypatch.setattr(sys, "argv", ["-c", *command[3:]])
-        with pytest.raises(SystemExit, match="^0$"):
-            exec(command[2])
-    monkeypatch.setattr(subprocess, "run", run_here)
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(bookkeeping, "progress", None)  # it sets this
-    monkeypatch.setattr(benchmark, "STARTS", 1)
-    monkeypatch.setattr(benchmark, "SIZES", (16, 1000))
-    monkeypatch.setattr(sys, "argv", [
-        "benchmark.py", *"--scale --arch resnet10 --width 8 --batch-size 16".split()])
-    benchmark.main()
-    out = capsys.readouterr().out
-    start, *sizes = out[out.index("start to first"):].splitlines()
-    assert re.fullmatch(r"start to first step: \d+\.\d s", start)
-    for n, line in zip(("16", "1,000"), sizes, strict=True):
-        assert re.fullmatch(rf"resnet10, \w+, batch 16: +{n} pictures, +\d+\.\d+ s an epoch, "
-                            r"\d+\.\d+ ms a picture", line)
+    assert [row["method"] for row in rows] == (more[2:] or list(benchmark.METHODS))
+    assert all(row["measured"] > 0 and row["mebibytes"] >= 0 for row in rows)
+    assert [row["method"] for row in rows if row.get("faster", 0) > 0] == more[2:3]
+    head, first, *_ = capsys.readouterr().out.splitlines()[-len(rows) - 1:]
+    assert len(head) == len(first)
 
 
 def test_the_textbook_computes_the_same_loss(model, batch, monkeypatch):
-    """Its baseline is worth comparing with only if it does the same work: same noise, same loss."""
+    """Its loop is worth comparing with only if it does the same work: same noise, same loss."""
     import benchmark
 
     def share(size):
-        return (torch.linspace(0, 37, math.prod(size)) % 1).view(size)
+        return (torch.arange(torch.Size(size).numel()) * 0.37 % 1).view(size).double()
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda tensor, low=0, high=1, generator=None:
                         tensor.copy_(low + (high - low) * share(tensor.shape)))
     monkeypatch.setattr(torch, "rand", lambda *size, device=None: share(size))
     monkeypatch.setattr(torch, "randn_like", lambda tensor: share(tensor.shape) - 0.5)
     model.double().eval()
     monkeypatch.setattr(model, "train", lambda mode=True: model)  # the same statistics throughout
-    x, y = batch[0].double(), batch[1]
-    for name, module in (("Fast AT", fast_at), ("TRADES", trades),
-                         ("Backward Smoothing", backward_smoothing)):
-        args = module.parse_args(["--attack-bn", "eval"])
-        theirs = benchmark.TEXTBOOK[name](model, x, y).item()
-        assert theirs == pytest.approx(module.training_loss(model, x, y, args).item()), name
+    x, y = batch[0][:2].double(), batch[1][:2]
+    for name in benchmark.TEXTBOOK:
+        module, words, _ = benchmark.METHODS[name]
+        args = module.parse_args([*words.split(), "--attack-bn", "eval"])
+        ours = method_loss(module, model, x, y, args, run=types.SimpleNamespace(steps=100))
+        assert benchmark.TEXTBOOK[name](model, x, y).item() == pytest.approx(ours.item()), name
 
 
-# -------------------------------------------------------------------------------------- the README
-
-def readme_commands():
-    """The lines of the shell blocks, with NAME="words" put in for $NAME."""
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", readme, re.M | re.S)
-    words, lines = {}, []
-    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        line = line.split("#")[0].strip()
-        if assigned := re.fullmatch(r'(\w+)="(.*)"', line):
-            words["$" + assigned[1]] = assigned[2]
-        elif line:
-            lines.append(functools.reduce(lambda text, w: text.replace(*w), words.items(), line))
-    return lines
+# --------------------------------------------------------------------------------------- the README
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
+SCRIPT_CALL = r"\b(?:fast_at|trades|backward_smoothing|fast_bat|kd_swa|evaluate)\.py\b[^&|;#`\n]*"
 
 
-def parsed(words):
-    """Lets the script that `words` begin with read its options; False where they name no script."""
-    modules = {f"{module.__name__}.py": module for module in (*SCRIPTS, evaluate)}
-    return words[0] in modules and bool(modules[words[0]].parse_args(words[1:]).device)
+def test_the_readmes_commands_are_valid(monkeypatch, tmp_path, folder):
+    """In its code blocks, and in the text where `SCRIPT --option` stands in backquotes."""
+    import evaluate
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "saved_settings", lambda args: {})  # for --resume
+    lines = "\n".join(BLOCKS).replace("\\\n", " ")
+    calls = re.findall(rf"(?:python|torchrun\b.*?) ({SCRIPT_CALL})", lines)
+    calls += re.findall(rf"`({SCRIPT_CALL})`", README)
+    for call in calls:
+        name, *words = shlex.split(call)
+        for word, value in zip(words, words[1:]):
+            if word == "--dataset" and value not in common.DATASETS:  # the reader's own images
+                shutil.copytree(folder, tmp_path / value, dirs_exist_ok=True)
+        module = {f"{m.__name__}.py": m for m in (*SCRIPTS, evaluate)}[name]
+        module.parse_args(words or ["some.pt"] * (module is evaluate))
+    assert len(calls) >= 12 and {call.split(".")[0] for call in calls} == {
+        "evaluate", *(module.__name__ for module in SCRIPTS)}
 
 
-def test_the_readmes_commands_are_valid():
-    tried = 0
-    for line in readme_commands():
-        for part in line.split("&&"):
-            words = shlex.split(part)
-            skip = {"torchrun": 2, "python": 1}.get(words[0])
-            tried += skip is not None and parsed(words[skip:])
-    assert tried >= 15
-
-
-def test_the_commands_in_the_readmes_tables_are_valid():
-    """Every row of the papers' tables has one; a row whose figures were not measured says so."""
-    readme = (ROOT / "README.md").read_text().split("## The papers' tables, row by row")[1]
-    rows = re.findall(r"^\| (?:A?\d+) \|.*\|$", readme, re.M)
-    commands = [command for row in rows for command in re.findall(r"`(\w+\.py [^`]+)`", row)]
-    assert len(rows) > 120 and all(parsed(shlex.split(command)) for command in commands)
-    for row in rows:
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert len(cells) == 5 and (cells[4] == "not run" or re.search(r"\d", cells[4]))
+def test_the_readmes_options_exist():
+    known = {option for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/[bc]*.py"))
+             for option in re.findall(r'"(--[a-z][a-z0-9-]+)"', path.read_text())}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", README))
+    assert len(known) > 60 and not named - known - {"--nproc_per_node", "--help"}
 
 
 def test_ci_runs_the_readmes_two_commands():
-    ci, commands = (ROOT / ".ci/run").read_text(), readme_commands()
-    for line in commands[:2]:
-        assert line in commands
-        for part in line.split("&&"):
-            assert part.strip() in ci
-    assert "backward_smoothing.py --eps 8 --dataset shapes" in commands[0]
-    assert "pytest" in commands[1]
+    ci, first = (ROOT / ".ci/run").read_text(), BLOCKS[0].strip().splitlines()
+    for part in (part.strip() for line in first for part in line.split("&&")):
+        assert part in ci
+    assert "backward_smoothing.py --eps 8 --dataset shapes" in first[0] and "pytest" in first[1]
 
 
-def test_no_line_of_the_scripts_is_too_long():
-    for path in ROOT.glob("*.py"):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            assert len(line) <= 100, f"{path.name}:{number}"
+if __name__ == "__main__":  # one of torchrun's processes
+    common.draw_shapes = draw_shapes
+    shared_work()
+    kd_swa.train(kd_swa.parse_args(sys.argv[1:]))
