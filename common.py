@@ -130,8 +130,6 @@ def parse(parser, argv=None):
     for name in saved.keys() - {"dataset", "data_dir", "device", "epochs"}:  # these may change
         if vars(args)[name] != saved[name]:
             fail(f"--{name.replace('_', '-')} was {saved[name]} in {args.out}: leave it out")
-    if args.batch_size % WORLD:
-        fail(f"--batch-size {args.batch_size} is not divisible by {WORLD} processes")
     args.device = set_up(args.device)
     if args.precision == "auto":
         native = (torch.cuda.is_bf16_supported(False) if args.device == "cuda" else
@@ -194,8 +192,9 @@ def load_data(args):
     if args.dataset == "shapes":
         (x, y), test, classes = draw_shapes(2200, 0), draw_shapes(1000, 1), list(SHAPES)
     elif args.dataset == "tiny-imagenet" or args.dataset not in DATASETS:
-        *parts, classes = list_folder(args.dataset, args.data_dir)
-        (x, y), test = ((decode(paths, args), torch.tensor(labels)) for paths, labels in parts)
+        (paths, y), test, classes = list_folder(args.dataset, args.data_dir)
+        x, y = decode(paths, args), torch.tensor(y)
+        test = decode(test[0], args, x.shape[-1]), torch.tensor(test[1])
     else:
         (x, y), test, classes = read_torchvision(args)
     if RANK == 0 and WORLD > 1:
@@ -295,23 +294,26 @@ def list_images(root):
     return [(path, classes.index(name)) for path, name in zip(images, names)], classes
 
 
-def decode(paths, args):
+def decode(paths, args, size=None):
     """Image files as uint8 N x 3 x H x W, decoded once, by threads, into a file in --data-dir that
     is mapped into memory and so may be larger than it."""
+    size = size or args.image_size or min(max(32, min(open_image(paths[0]).size)), 128)
     stamps = [(str(path), os.path.getsize(path), os.path.getmtime(path)) for path in paths]
-    key = hashlib.sha256(repr((args.image_size, stamps)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((size, stamps)).encode()).hexdigest()[:16]
     cache = Path(args.data_dir, f"images-{key}.npy")
     if not cache.exists():
-        size = args.image_size or min(max(32, min(open_image(paths[0]).size)), 128)
         print(f"decoding {len(paths)} images of {size}x{size} pixels (see --image-size), once")
         temporary = cache.with_suffix(f".{os.getpid()}")  # as another process may decode them, too
         cache.parent.mkdir(parents=True, exist_ok=True)
         x = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), size, size, 3))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for i in progress(range(0, len(paths), 256), "decoding images, batch"):
-                x[i:i + 256] = [center_crop(resize(image, size), size)
-                                for image in pool.map(open_image, paths[i:i + 256])]
-        os.replace(temporary, cache)
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for i in progress(range(0, len(paths), 256), "decoding images, batch"):
+                    x[i:i + 256] = [center_crop(resize(image, size), size)
+                                    for image in pool.map(open_image, paths[i:i + 256])]
+            os.replace(temporary, cache)
+        finally:
+            temporary.unlink(missing_ok=True)
     return torch.from_numpy(np.load(cache, mmap_mode="c")).permute(0, 3, 1, 2)
 
 
@@ -487,7 +489,7 @@ def prepare_model(args, data):
     return model.to(args.device)
 
 
-# ------------------------------------------------------------------------------------------ attacks
+# --------------------------------------------------------------------------- attacks and evaluation
 @contextlib.contextmanager
 def attacking(model, x, bn="eval"):
     """Surrounds every attack on x: the model computes as in evaluation or, with "train", normalises
@@ -556,13 +558,11 @@ def pgd_attack(model, x, y, eps, alpha, steps, *, start="uniform", norm="linf", 
     with attacking(model, x, bn):
         for _ in range(steps):
             x_adv = x_adv.detach().requires_grad_()
-            total = loss(model(x_adv), y, reduction="sum")  # a mean would underflow in fp16
-            gradient, = torch.autograd.grad(total, x_adv)
+            gradient, = torch.autograd.grad(loss(model(x_adv), y, reduction="sum"), x_adv)
             x_adv = step(x_adv, gradient, x, eps, alpha, norm)
     return x_adv.detach()
 
 
-# --------------------------------------------------------------------------------------- evaluation
 @contextlib.contextmanager
 def exact(model):
     """The copy on which reported numbers are computed: in eval mode, in fp32 and without TF32."""
@@ -628,8 +628,8 @@ def load(path, device="cpu"):
     """torch.load, of tensors and plain types only, so that no code in the file is executed."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        fail(f"cannot load {path}: {error if isinstance(error, OSError) else 'not a state_dict()'}")
+    except Exception as e:
+        fail(f"cannot load {path}: {e if isinstance(e, OSError) else 'save its state_dict() alone'}")
 
 
 def load_model(path, device="cpu"):
@@ -672,8 +672,8 @@ class Run:
 
     def __init__(self, args, data, model, optimizer, scaler):
         n = len(data.train[2])
-        if n < args.batch_size:
-            fail(f"--batch-size {args.batch_size} exceeds the {n} training images")
+        if n < args.batch_size or args.batch_size % WORLD:
+            fail(f"--batch-size must be at most {n}, and divisible by the number of processes")
         folder = [args.out if args.resume else claim_folder(args) if RANK == 0 else None]
         if WORLD > 1:
             dist.broadcast_object_list(folder)
@@ -774,9 +774,9 @@ class Run:
                 result[name] = dict(epoch=row["epoch"], val_clean=row[f"{prefix}val_clean"],
                                     val_pgd=row[f"{prefix}val_pgd"], test_clean=clean, test_pgd=pgd)
                 print(f"{name:17}  {row['epoch']:5}{clean:9.2f}{pgd:24.2f}")
-            result[f"{prefix}difference"] = difference = {
-                key: value - result[name][key] for key, value in result[f"{prefix}best"].items()}
+            difference = {key: same[key] - result[name][key] for key in same}
             print(f"difference{difference['test_clean']:23.2f}{difference['test_pgd']:24.2f}")
+            result[f"{prefix}difference"] = difference
             if clean < 120 / len(self.data.classes):
                 print("warning: that is hardly more than chance: nothing was learned")
         if RANK == 0:

@@ -108,7 +108,8 @@ class Checkpoint:
         self.about = dict(checkpoint=path, dataset=Path(dataset).name, arch=model.options["arch"],
                           normalisation=content.get("normalisation", "of the run"))
         self.name = "/".join(Path(path).with_suffix("").parts[-2:])  # in plots, and over epochs:
-        self.run = Path(self.name).parent.name + " (average)" * ("/swa_" in self.name) or self.name
+        self.average = "swa_" * Path(path).name.startswith("swa_")  # of KD-SWA
+        self.run = (Path(self.name).parent.name or self.name) + " (average)" * bool(self.average)
         if args.n_examples:
             vars(self).update(vars(self.choose(args.n_examples)))
 
@@ -532,7 +533,8 @@ def evaluate(checkpoint, surrogates):
         row[f"{column} %"] = percent(kept[name])
     if "cw" in args.attack:
         distance = distance_to_fool(checkpoint, cw_l2, 2, correct)
-        row |= {"CW-L2 %": percent(distance == math.inf), "CW-L2 mean distance": mean(distance[correct])}
+        row["CW-L2 %"] = percent(distance == math.inf)
+        row["CW-L2 mean distance"] = mean(distance[correct])
     if "rays" in args.attack:
         attack = functools.partial(rays, queries=args.queries)
         distance = distance_to_fool(checkpoint, attack, math.inf, correct)
@@ -653,9 +655,10 @@ def line_plot(checkpoints, measure, xlabel, span=(), **options):
 
 def curves(checkpoint):
     """The log of a run, up to the checkpoint."""
-    prefix = "swa_" * ("/swa_" in checkpoint.name)
-    keys = {"training loss": "loss", "held-out clean %": f"{prefix}val_clean",
-            "held-out PGD-10 %": f"{prefix}val_pgd"}
+    keys = {"training loss": "loss", "held-out clean %": f"{checkpoint.average}val_clean",
+            "held-out PGD-10 %": f"{checkpoint.average}val_pgd"}
+    if not checkpoint.log:
+        raise ValueError(f"{checkpoint.path} holds no log")
     return {title: [(row["epoch"], row[key]) for row in checkpoint.log if key in row]
             for title, key in keys.items()}
 
@@ -785,13 +788,13 @@ def sheet(checkpoints):
 
 
 PLOTS = {name: functools.partial(plot, **options) for name, plot, options in (
-    ("curvature", line_plot, dict(measure=curvature, xlabel="epoch", yscale="symlog", span=(0, 1))),
+    ("curvature", line_plot, dict(measure=curvature, xlabel="epoch", yscale="symlog", span=(0, 9))),
     ("alignment", line_plot, dict(measure=alignment, xlabel="epoch", span=(0, 1))),
     ("landscape", panel_plot, dict(draw=landscape, n=2)),
     ("eps", line_plot, dict(measure=robustness, xlabel="eps (1/255)", span=(0, 100))),
     ("weights", line_plot, dict(measure=flatness, xlabel="distance of the weights (%)")),
     ("logits", panel_plot, dict(draw=outputs)), ("sheet", sheet, {}),
-    ("curves", line_plot, dict(measure=curves, xlabel="epoch")))}
+    ("curves", line_plot, dict(measure=curves, xlabel="epoch", span=(0,))))}
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -831,7 +834,9 @@ def main(args):
             for verdict, claim, figures in result["checklist"][-1]:
                 print(f"  {verdict}  {claim}: {figures}", flush=True)
         save()
-    for group in [group for group in same_but_seed(checkpoints) if len(group) > 1]:
+    for group in same_but_seed(checkpoints):
+        if len({checkpoint.trained.get("seed") for checkpoint in group}) == 1:
+            continue
         result["summary"].append(summarise([result["rows"][checkpoints.index(c)] for c in group]))
         names = [re.sub(r"-?seed\d+", "", name) + f" ({len(group)} seeds)"
                  for name in (group[0].name, group[0].run)]
@@ -857,7 +862,8 @@ def main(args):
             continue
         result["plots"][name] = values
         for checkpoint, numbers in zip(checkpoints, values):
-            print(f"{name}, {checkpoint.path}: {numbers}", flush=True)
+            short = re.sub(r"(\.\d{3})\d+", r"\1", str(numbers))
+            print(f"{name}, {checkpoint.path}: {short}", flush=True)
     save()
     print(f"see {folder}")
 

@@ -109,9 +109,9 @@ def test_every_attack_keeps_its_bounds_and_leaves_every_network_as_it_was(name, 
     for parameter in model.parameters():
         parameter.grad = torch.rand_like(parameter)
     before, kept = everything(model), x.clone()
-    x.requires_grad_(bn == "train")
+    x.requires_grad_()
     for attack, function in ATTACKS.items():
-        with torch.set_grad_enabled(bn == "eval"):
+        with torch.set_grad_enabled(bn == "eval"):  # inside torch.no_grad(), too
             x_adv = function(model, x, y, bn)
         delta = (x_adv - kept).flatten(1)
         radius = delta.norm(dim=1).max() if "l2" in attack else delta.abs().max()
