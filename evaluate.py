@@ -863,7 +863,7 @@ def main(args):
         result["plots"][name] = values
         for checkpoint, numbers in zip(checkpoints, values):
             short = re.sub(r"(\.\d{3})\d+", r"\1", str(numbers))
-            print(f"{name}, {checkpoint.path}: {short}", flush=True)
+            print(f"{name}, {checkpoint.path}: {textwrap.shorten(short, 150)}", flush=True)
     save()
     print(f"see {folder}")
 
