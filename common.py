@@ -1,5 +1,4 @@
-"""What the five method scripts share, in the order in which a script uses it: options, data,
-models, attacks, evaluation, and the training run with its checkpoints.
+"""What the five method scripts share: options, data, models, attacks, evaluation, training runs.
 
 Images are float tensors N x C x H x W in [0, 1] unless uint8 is mentioned. eps and step sizes are
 in units of 1/255 on the command line, and in units of [0, 1] everywhere else.
@@ -77,7 +76,6 @@ def dataset_name(text):
 
 class Parser(argparse.ArgumentParser):
     error = staticmethod(fail)  # one line, without the list of all options
-
     class Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         pass
 
@@ -124,13 +122,14 @@ def parse(parser, argv=None):
     """Parses a method's options; the defaults depend on data set, machine and --resume."""
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
+    device = set_up(args.device)
     saved = saved_settings(args) if args.resume else {}
     parser.set_defaults(**saved or small_preset(args.dataset))
     args = parser.parse_args(words)
     for name in saved.keys() - {"dataset", "data_dir", "device", "epochs"}:  # these may change
         if vars(args)[name] != saved[name]:
             fail(f"--{name.replace('_', '-')} was {saved[name]} in {args.out}: leave it out")
-    args.device = set_up(args.device)
+    args.device = device
     if args.precision == "auto":
         native = (torch.cuda.is_bf16_supported(False) if args.device == "cuda" else
                   args.device == "cpu" and torch.cpu._is_avx512_bf16_supported())
@@ -159,6 +158,8 @@ def set_up(device):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # one prints for all
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # as a console may lack a character
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
     return device
 
@@ -190,7 +191,8 @@ def load_data(args):
     if RANK > 0:
         dist.barrier()  # the first process downloads and decodes, the others wait
     if args.dataset == "shapes":
-        (x, y), test, classes = draw_shapes(2200, 0), draw_shapes(1000, 1), list(SHAPES)
+        draw = functools.partial(draw_shapes, size=args.image_size or 32)
+        (x, y), test, classes = draw(2200, 0), draw(1000, 1), list(SHAPES)
     elif args.dataset == "tiny-imagenet" or args.dataset not in DATASETS:
         (paths, y), test, classes = list_folder(args.dataset, args.data_dir)
         x, y = decode(paths, args), torch.tensor(y)
@@ -264,7 +266,7 @@ def list_folder(root, data_dir=""):
     train, classes = list_images(root / "train" if split else root)
     if len(train) < 2:
         fail(f"{root} does not hold images in CLASS/* or train/CLASS/*")
-    for part in [root / name for name in ("test", "val", "validation") if split and not test]:
+    for part in [root / name for name in ("validation", "val", "test") if split]:  # the last counts
         found, names = list_images(part)
         if (part / "val_annotations.txt").exists():  # Tiny ImageNet: no folders, a list of labels
             rows = map(str.split, (part / "val_annotations.txt").read_text().splitlines())
@@ -298,9 +300,8 @@ def decode(paths, args, size=None):
     """Image files as uint8 N x 3 x H x W, decoded once, by threads, into a file in --data-dir that
     is mapped into memory and so may be larger than it."""
     size = size or args.image_size or min(max(32, min(open_image(paths[0]).size)), 128)
-    stamps = [(str(path), os.path.getsize(path), os.path.getmtime(path)) for path in paths]
-    key = hashlib.sha256(repr((size, stamps)).encode()).hexdigest()[:16]
-    cache = Path(args.data_dir, f"images-{key}.npy")
+    stamps = [size, *((str(p), os.path.getsize(p), os.path.getmtime(p)) for p in paths)]
+    cache = Path(args.data_dir, f"images-{hashlib.sha1(repr(stamps).encode()).hexdigest()}.npy")
     if not cache.exists():
         print(f"decoding {len(paths)} images of {size}x{size} pixels (see --image-size), once")
         temporary = cache.with_suffix(f".{os.getpid()}")  # as another process may decode them, too
@@ -364,8 +365,7 @@ def draw_shapes(n, seed, size=32):
     contrast = rng.uniform(0.45, 0.7, (n, 3, 1, 1)) * np.where(background < 0.5, 1, -1)
     image = 255 * np.clip(background + contrast * inside, 0.02, 0.98)
     pattern = np.random.default_rng(12345).choice([-4, 4], (len(SHAPES), 3, size, size))
-    x = (image + pattern[y]).round().astype(np.uint8)
-    return torch.from_numpy(x), torch.from_numpy(y)
+    return torch.from_numpy((image + pattern[y]).round().astype(np.uint8)), torch.from_numpy(y)
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -595,8 +595,7 @@ def still_correct(model, x, y, *attacks, batch_size=None, label="evaluating"):
 
 
 def accuracy(model, x, y, eps, steps=20, norm="linf"):
-    """Accuracy in % of any classifier of images in [0, 1], clean and under PGD: one restart, step
-    size eps/4, the same noise each time. x uint8 or float N x C x H x W, labels y."""
+    """Accuracy in % of a classifier of images in [0, 1], clean and under PGD in steps of eps/4."""
     pgd = functools.partial(pgd_attack, eps=eps, alpha=eps / 4, steps=steps, norm=norm,
                             generator=torch.Generator(y.device).manual_seed(0))
     clean = still_correct(model, x, y)
@@ -621,7 +620,8 @@ def average(tensors):
     if tensors:
         mean = torch.cat([tensor.flatten() for tensor in tensors]) / WORLD
         dist.all_reduce(mean)
-        nn.utils.vector_to_parameters(mean, tensors)
+        for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))  # in the tensor's own memory format
 
 
 def load(path, device="cpu"):
@@ -629,7 +629,7 @@ def load(path, device="cpu"):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as e:
-        fail(f"cannot load {path}: {e if isinstance(e, OSError) else 'save its state_dict() alone'}")
+        fail(f"cannot load {path}: {e if isinstance(e, OSError) else 'save its state_dict()'}")
 
 
 def load_model(path, device="cpu"):
@@ -647,10 +647,10 @@ def saved_settings(args):
     """The settings of the run to resume, in --out or the newest one of this method."""
     runs = sorted(Path("runs").glob(f"{args.method}-*/args.json"), key=os.path.getmtime)
     path = Path(args.out, "args.json") if args.out else [Path("runs"), *runs][-1]
-    saved = json.loads(path.read_text())["args"] if path.is_file() else {}
+    saved = json.loads(path.read_text() or "{}").get("args", {}) if path.is_file() else {}
     if saved.get("method") != args.method:
         fail(f"there is no run of {args.method}.py to resume in {args.out or 'runs'}")
-    return saved | dict(out=str(path.parent), resume=True)
+    return saved | dict(out=args.out or str(path.parent), resume=True, device="auto")
 
 
 def claim_folder(args):
@@ -694,7 +694,8 @@ class Run:
         if RANK == 0:
             (self.folder / "args.json").write_text(json.dumps(self.about, indent=1))
         note = f"interrupted; to continue, add --resume --out {args.out}"
-        signal.signal(signal.SIGINT, lambda *_: fail(note))
+        if not (self.folder.parent / "args.json").exists():  # that is, unless it is a teacher's run
+            signal.signal(signal.SIGINT, lambda *_: fail(note))
         sizes = f"{n:,} training, {len(data.val[1]):,} held-out, {len(data.test[1]):,} test images"
         print(f"{args.method}: {args.arch}, {sum(p.numel() for p in model.parameters()):,} weights,"
               f" {args.precision} on {args.device}, {args.norm} eps {args.eps * 255:g}/255\n"
@@ -751,8 +752,7 @@ class Run:
                 csv.writer(file).writerows([row, *([r.get(k) for k in row] for r in self.rows)])
 
     def save(self, name, content):
-        """A file of the run that is complete at any time: it replaces the one before as a whole."""
-        if RANK == 0:
+        if RANK == 0:  # replaces a file as a whole, so that it is complete at any time
             with open(self.folder / "tmp", "wb") as file:
                 torch.save(content, file)
                 file.flush()

@@ -142,8 +142,8 @@ def train_teacher(args, kind, folder):
         train(argparse.Namespace(**vars(args) | dict(
             attack="pgd", steps=1 if kind == "adv" else 0, alpha=1.25 * args.eps, kd="none",
             no_swa=True, iswa=False, tf_kd=False, label_smoothing=0.0, attack_bn="train", lr=0.1,
-            keep_epochs=False, init_from=None, epochs=args.teacher_epochs, lr_schedule="cyclic",
-            out=str(folder), resume=(folder / "last.pt").exists())))
+            keep_epochs=False, epochs=args.teacher_epochs, lr_schedule="cyclic",
+            out=str(folder), resume=(folder / "args.json").exists())))
     return folder / "best.pt"
 
 

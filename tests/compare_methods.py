@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 SETTING = ("--arch resnet10 --width 16 --train-size 5000 --val-size 500 --test-size 1000 "
            "--batch-size 64 --lr-schedule cyclic")
 EQUAL = SETTING + " --eps 8 --lr 0.1"
-METHODS = {  # script, options, forward passes a step (its gradient in the input 1, in the weights 2)
+METHODS = {  # script, options, passes a step (forward 1, gradient in the input 1, in weights 2)
     "Standard": ("fast_at", "--steps 0", 3),
     "Fast AT": ("fast_at", "", 5),
     "N-FGSM": ("fast_at", "--init noise", 5),
@@ -60,9 +60,9 @@ GROUPS = {  # options of the group, and its methods with options of their own
                            for name, (script, options, passes) in METHODS.items() if name in (
                                "Fast AT", "Fast TRADES", "Backward Smoothing", "Fast-BAT")}),
 }
-FIELDS = ["group", "method", "seed", "network", "epoch", "clean", "pgd50_10", "aa_lite", "test_pgd20",
-          "n_test", "train_seconds", "passes", "data", "precision", "torch", "processor", "date",
-          "command"]
+FIELDS = ["group", "method", "seed", "network", "epoch", "clean", "pgd50_10", "aa_lite",
+          "test_pgd20", "n_test", "train_seconds", "passes", "data", "precision", "torch",
+          "processor", "date", "command"]
 
 
 def processor():

@@ -16,8 +16,8 @@ def test_the_method_of_ones_own_trains_between_the_markers(tmp_path):
     own, = (block for block in BLOCKS if "# --- method ---" in block)
     source = (ROOT / "fast_at.py").read_text()
     indented = "".join(" " * 12 + line + "\n" for line in own.splitlines())
-    changed = re.sub(r" {12}# --- method ---\n.*?# --- end of method ---\n", lambda _: indented, source,
-                     count=1, flags=re.S)
+    changed = re.sub(r" {12}# --- method ---\n.*?# --- end of method ---\n", lambda _: indented,
+                     source, count=1, flags=re.S)
     assert changed != source
     (tmp_path / "mine.py").write_text(changed)
     (tmp_path / "common.py").write_text((ROOT / "common.py").read_text())
