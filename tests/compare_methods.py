@@ -2,8 +2,6 @@
 
     python tests/compare_methods.py                          the table on CIFAR-10, seeds 0, 1 and 2
     python tests/compare_methods.py --group collapse         FGSM and its remedies at eps 16
-    python tests/compare_methods.py --group overfitting      few images, many epochs
-    python tests/compare_methods.py --group equal-time       as many epochs as fit
     python tests/compare_methods.py --markdown               the tables of all lines, and no runs
 
 Every run is a process with one thread, --jobs of them at a time. A run that has its line in the
@@ -27,7 +25,6 @@ import torch
 ROOT = Path(__file__).parent.parent
 SETTING = ("--arch resnet10 --width 16 --train-size 5000 --val-size 500 --test-size 1000 "
            "--batch-size 64 --lr-schedule cyclic")
-EQUAL = SETTING + " --eps 8 --lr 0.1"
 METHODS = {  # script, options, passes a step (forward 1, gradient in the input 1, in weights 2)
     "Standard": ("fast_at", "--steps 0", 3),
     "Fast AT": ("fast_at", "", 5),
@@ -48,17 +45,11 @@ COLLAPSE = {"FGSM": ("fast_at", "--init zero", 5),
 ORDER = ("Fast AT", "Standard", "N-FGSM", "Backward Smoothing", "Fast TRADES", "PGD-2", "Fast-BAT",
          "Fast TRADES-2", "GradAlign", "PGD-10", "TRADES-10", "KD-SWA", "KD-SWA baseline")
 GROUPS = {  # options of the group, and its methods with options of their own
-    "table": (f"{EQUAL} --epochs 10", {name: METHODS[name] for name in ORDER}),
+    "table": (f"{SETTING} --eps 8 --lr 0.1 --epochs 10", {name: METHODS[name] for name in ORDER}),
     "collapse": (f"{SETTING} --eps 16 --lr 0.2 --epochs 15", {
         name: (COLLAPSE | METHODS)[name] if name != "GradAlign" else COLLAPSE[name]
         for name in ("FGSM", "Fast AT", "N-FGSM", "Backward Smoothing", "Fast TRADES", "Fast-BAT",
                      "GradAlign")}),
-    "overfitting": (f"{SETTING} --eps 8 --train-size 1000 --lr-schedule piecewise --steps 4 "
-                    "--epochs 60 --milestones 0.5 0.75", {
-                        name: METHODS[name] for name in ("KD-SWA baseline", "KD-SWA")}),
-    "equal-time": (EQUAL, {name: (script, f"{options} --epochs {round(100 / passes)}", passes)
-                           for name, (script, options, passes) in METHODS.items() if name in (
-                               "Fast AT", "Fast TRADES", "Backward Smoothing", "Fast-BAT")}),
 }
 FIELDS = ["group", "method", "seed", "network", "epoch", "clean", "pgd50_10", "aa_lite",
           "test_pgd20", "n_test", "train_seconds", "passes", "data", "precision", "torch",

@@ -29,7 +29,7 @@ import fast_at
 import fast_bat
 import kd_swa
 import trades
-from conftest import ROOT, TINY, command, data_options, method_loss
+from conftest import ROOT, TINY, command, data_options
 
 SCRIPTS = [fast_at, trades, backward_smoothing, fast_bat, kd_swa]
 PETS = "--dataset pets --epochs 2 --val-size 4 --batch-size 4 --precision fp32".split()
@@ -539,39 +539,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script
 
 
 # ------------------------------------------------------------------------------------ the benchmark
-@pytest.mark.parametrize("more", [[], "--baseline --methods TRADES Fast-BAT".split()])
-def test_the_benchmark_prints_a_row_for_each_method(monkeypatch, capsys, tmp_path, more):
+def test_the_benchmark_prints_a_row_for_each_method(monkeypatch, capsys):
     import benchmark
-    words = "--arch resnet10 --width 16 --batch-size 2 --steps 1 --json rows.json --precision fp32"
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.split(), *more])
-    monkeypatch.chdir(tmp_path)
+    words = "--arch resnet10 --width 16 --batch-size 2 --steps 1 --precision fp32"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.split()])
     benchmark.main()
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == (more[2:] or list(benchmark.METHODS))
-    assert all(row["measured"] > 0 and row["mebibytes"] >= 0 for row in rows)
-    assert [row["method"] for row in rows if row.get("faster", 0) > 0] == more[2:3]
-    head, first, *_ = capsys.readouterr().out.splitlines()[-len(rows) - 1:]
-    assert len(head) == len(first)
-
-
-def test_the_textbook_computes_the_same_loss(model, batch, monkeypatch):
-    """Its loop is worth comparing with only if it does the same work: same noise, same loss."""
-    import benchmark
-
-    def share(size):
-        return (torch.arange(torch.Size(size).numel()) * 0.37 % 1).view(size).double()
-    monkeypatch.setattr(torch.Tensor, "uniform_", lambda tensor, low=0, high=1, generator=None:
-                        tensor.copy_(low + (high - low) * share(tensor.shape)))
-    monkeypatch.setattr(torch, "rand", lambda *size, device=None: share(size))
-    monkeypatch.setattr(torch, "randn_like", lambda tensor: share(tensor.shape) - 0.5)
-    model.double().eval()
-    monkeypatch.setattr(model, "train", lambda mode=True: model)  # the same statistics throughout
-    x, y = batch[0][:2].double(), batch[1][:2]
-    for name in benchmark.TEXTBOOK:
-        module, words, _ = benchmark.METHODS[name]
-        args = module.parse_args([*words.split(), "--attack-bn", "eval"])
-        ours = method_loss(module, model, x, y, args, run=types.SimpleNamespace(steps=100))
-        assert benchmark.TEXTBOOK[name](model, x, y).item() == pytest.approx(ours.item()), name
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row[:22].strip() for row in rows] == list(benchmark.METHODS)
+    assert float(rows[1].split()[-1]) == 1 and all(float(row.split()[-1]) > 0 for row in rows)
 
 
 # --------------------------------------------------------------------------------------- the README
