@@ -158,8 +158,7 @@ def set_up(device):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # one prints for all
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # as a console may lack a character
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # a console may lack a character
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
     return device
 
@@ -507,7 +506,7 @@ def attacking(model, x, bn="eval"):
         model.requires_grad_(False)
     model.eval()
     for module in model.modules():
-        if bn == "train" and getattr(module, "running_mean", None) is not None:
+        if bn == "train" and getattr(module, "track_running_stats", False):
             module.train()
             for name in statistics:  # so that the batch's are used, and kept nowhere
                 setattr(module, name, None)
@@ -566,7 +565,9 @@ def pgd_attack(model, x, y, eps, alpha, steps, *, start="uniform", norm="linf", 
 @contextlib.contextmanager
 def exact(model):
     """The copy on which reported numbers are computed: in eval mode, in fp32 and without TF32."""
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    memo = {id(value): value.detach() for module in model.modules()  # spectral_norm's weights
+            for value in vars(module).values() if torch.is_tensor(value)}
+    model = copy.deepcopy(model, memo).eval().requires_grad_(False)
     for network in [module for module in model.modules() if isinstance(module, Classifier)]:
         network.dtype, network.compiled = torch.float32, False
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
@@ -678,9 +679,8 @@ class Run:
         if WORLD > 1:
             dist.broadcast_object_list(folder)
         args.out, self.folder, self.args, self.data = folder[0], Path(folder[0]), args, data
-        self.epoch, self.rows, self.steps = 0, [], n // args.batch_size
-        self.state, self.saved = {}, {}  # what last.pt holds for --resume, by name
-        self.models = {"": model}  # the networks to evaluate and save, by the prefix of their files
+        self.epoch, self.rows, self.state, self.saved = 0, [], {}, {}
+        self.steps, self.models = n // args.batch_size, {"": model}  # networks by their file prefix
         if args.resume and (self.folder / "last.pt").exists():
             last = load(self.folder / "last.pt", args.device)
             self.epoch, self.rows, self.saved = (last[key] for key in ("epoch", "rows", "state"))

@@ -91,7 +91,10 @@ def misalignment(model, x, y, eps, norm="linf", bn="train"):
         target, = torch.autograd.grad(loss, clean)
         loss = F.cross_entropy(model(noisy), y, reduction="sum")
         gradient, = torch.autograd.grad(loss, noisy, create_graph=True)
-    return 1 - F.cosine_similarity(target.flatten(1), gradient.flatten(1), eps=1e-12).mean()
+    target, gradient = target.flatten(1), gradient.flatten(1)
+    seen = target.any(1) & gradient.any(1)  # where one of them is 0 there is no angle
+    cosine = F.cosine_similarity(target, gradient, eps=1e-12)
+    return (seen * (1 - cosine)).sum() / seen.sum().clamp(min=1)
 
 
 def has_collapsed(model, data, run):

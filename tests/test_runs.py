@@ -21,7 +21,6 @@ import matplotlib.figure
 import matplotlib.image
 import pytest
 import torch
-from PIL import Image
 
 import backward_smoothing
 import common
