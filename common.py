@@ -45,7 +45,7 @@ def fail(message):
 
 # ------------------------------------------------------------------------------------------ options
 DATASETS = ("cifar10", "cifar100", "svhn", "stl10", "tiny-imagenet", "shapes")
-SMALL = dict(arch="resnet10", width=16, batch_size=32, lr_schedule="cyclic")  # for a laptop
+SMALL = dict(arch="resnet10", width=16, batch_size=32, lr_schedule="cyclic", preset="laptop")
 
 
 def number(kind, low, high=2**31):
@@ -114,7 +114,7 @@ def training_parser(script, doc, **defaults):
     add("--compile", action="store_true", help="use torch.compile")
     add("--out", metavar="DIR", help="run folder; None: runs/METHOD-DATASET-ARCH-epsE-seedS")
     add("--resume", action="store_true", help="continue the run in --out, else the newest one")
-    parser.set_defaults(method=Path(script).stem, **defaults)
+    parser.set_defaults(method=Path(script).stem, preset="paper", **defaults)
     return parser
 
 
@@ -701,7 +701,7 @@ class Run:
               f" {args.precision} on {args.device}, {args.norm} eps {args.eps * 255:g}/255\n"
               f"{Path(args.dataset).name}: {sizes} of {data.test[0].shape[-1]} pixels; classes: "
               f"{', '.join(data.classes[:20])}\n{args.epochs} epochs of {self.steps} steps with "
-              f"{args.batch_size} images; all settings are in {self.folder}/args.json")
+              f"{args.batch_size} images (defaults: {args.preset}), see {self.folder}/args.json")
         self.head = ("\n             mean      accuracy on held-out images %   training\n"
                      "epoch    lr  loss      clean    under PGD (10 steps)   seconds\n")
 
