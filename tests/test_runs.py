@@ -194,7 +194,7 @@ def test_every_script_runs_with_its_options(script, tmp_path, monkeypatch, modul
 def test_the_smoke_runs_leave_no_option_out():
     """The common ones are tried with one script or another."""
     known = {module: vars(module.parse_args(TINY)).keys() for module in SCRIPTS}
-    elsewhere = {"method", "resume", "dataset", "adv_teacher", "std_teacher"}
+    elsewhere = {"method", "preset", "resume", "dataset", "adv_teacher", "std_teacher"}
     for module in SCRIPTS:
         for name in known[module] - elsewhere:
             words = " ".join([*TINY, "--out"] + [options for script, options in SMOKE if (
