@@ -86,8 +86,8 @@ def run(group, method, seed, options):
     names = [name for name in ("best", "last", "swa_best", "swa_last") if name in result]
     evaluation = folder.with_name(f"{folder.name}-evaluation")
     if not (evaluation / "result.json").exists():
-        call(["evaluate.py", *(str(folder / f"{name}.pt") for name in names), "--out",
-              str(evaluation)], log)
+        call(["evaluate.py", *(str(folder / f"{name}.pt") for name in names), "--n-examples",
+              "1000", "--out", str(evaluation)], log)
     rows = json.loads((evaluation / "result.json").read_text())["rows"]
     data = "cifar10" if options.dataset == "cifar10" else options.data_name
     return [dict(group=group, method=method, seed=seed, network=name, epoch=result[name]["epoch"],
