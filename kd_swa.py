@@ -19,9 +19,8 @@ evaluated beside the trained one, and saved in swa_best.pt and swa_last.pt.
     python kd_swa.py --eps 8 --attack trades                Table 2; --norm l2 --eps 128: L2
     python kd_swa.py --eps 8 --iswa                         Table A10
 
-Teachers that are not given (--adv-teacher, --std-teacher) are trained first, in the run folder: the
-robust one by Fast AT. Compared with fast_at.py: a PGD attack, labels smoothed by teachers, and
-averaged weights.
+Teachers that are not given (--adv-teacher, --std-teacher) are trained first, the robust one by Fast
+AT. Compared with fast_at.py: a PGD attack, labels smoothed by teachers, and averaged weights.
 """
 
 import argparse
@@ -38,7 +37,7 @@ def parse_args(argv=None):
                                     milestones=[0.25, 0.75])
     share = common.number(float, 0, 1)
     add = parser.add_argument_group("options of KD-SWA").add_argument
-    add("--attack", choices=["pgd", "fgsm", "trades"], default="pgd", help="in training")
+    add("--attack", choices=["pgd", "fgsm", "trades"], help="None: pgd, on a laptop fgsm")
     add("--steps", type=common.number(int, 1), help="attack steps; None: 10, for fgsm 1")
     add("--alpha", type=common.over_255, help="step size, in units of 1/255; None: eps/4, for fgsm "
         "7/8 eps, for l2 15/128 eps")
@@ -57,6 +56,7 @@ def parse_args(argv=None):
     add("--tf-kd", action="store_true", help="instead of the teachers, with their joint weight, a "
         "virtual one that gives 99 %% to the label, softened by T = 40 (Yuan et al. 2020; Table 6)")
     args = common.parse(parser, argv)
+    args.attack = args.attack or ("fgsm" if args.preset == "laptop" else "pgd")
     args.steps = args.steps or (1 if args.attack == "fgsm" else 10)
     part = 15 / 128 if args.norm == "l2" else 7 / 8 if args.attack == "fgsm" else 1 / 4
     args.alpha = part * args.eps if args.alpha is None else args.alpha
