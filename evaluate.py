@@ -192,7 +192,9 @@ def load_network(content, path, classes):
         common.fail(f"{path} knows {model.options['classes']} classes, the data set {len(classes)}")
     if known and known != classes and sorted(known) == sorted(classes):
         order, last = [known.index(name) for name in classes], list(model.children())[-1]
-        last.weight.data, last.bias.data = last.weight.data[order], last.bias.data[order]
+        with torch.no_grad():
+            last.weight.copy_(last.weight[order])
+            last.bias.copy_(last.bias[order])
         print(f"{path}: the data set has the same classes in another order: matched by name")
     elif known and known != classes:
         here, there = next((a, b) for a, b in zip(known, classes) if a != b)

@@ -1,6 +1,6 @@
 """AutoAttack-lite beside the reference implementation: robust accuracy and seconds.
 
-    pip install pyautoattack          # used here alone, never needed by the project
+    pip install pyautoattack
     python tests/compare_autoattack.py runs/.../best.pt --n-examples 500
 
 Both attack the same network in fp32, the same test images and take the same number of iterations:
