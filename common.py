@@ -31,10 +31,11 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.models import vgg as vgg_layers
 from torchvision.transforms.functional import center_crop, resize
 
-RANK, WORLD = ((int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-               if dist.is_torchelastic_launched() else (0, 1))  # that is, by torchrun
+TORCHRUN = {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
+RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 
 
 def fail(message):
@@ -68,7 +69,7 @@ def over_255(text):
 
 def dataset_name(text):
     """An argparse type: a known data set, however it is spelled, or a folder's absolute path."""
-    name = text.lower().replace("cifar-", "cifar")
+    name = "".join(filter(str.isalnum, text.lower())).replace("tinyimagenet", "tiny-imagenet")
     if name not in DATASETS and not os.path.isdir(text):
         fail(f"--dataset {text} is not a folder, nor one of {', '.join(DATASETS)}")
     return name if name in DATASETS else os.path.abspath(text)
@@ -83,7 +84,8 @@ class Parser(argparse.ArgumentParser):
 def training_parser(script, doc, **defaults):
     """A parser with the options of every method; `defaults` are those of the method's paper."""
     parser = Parser(usage="%(prog)s [options]", description=doc, formatter_class=Parser.Format)
-    add, count = parser.add_argument_group("options of every method").add_argument, number(int, 1)
+    add = parser.add_argument_group("options of every method").add_argument
+    count, share = number(int, 1), number(float, 0, 1)
     add("--dataset", type=dataset_name, default="cifar10", help=f"folder, {', '.join(DATASETS)}")
     add("--data-dir", default="data", metavar="DIR", help="where data sets are stored")
     add("--image-size", type=number(int, 32, 4096), help="resize the shorter side to this and crop "
@@ -100,12 +102,12 @@ def training_parser(script, doc, **defaults):
     add("--lr", type=number(float, 1e-9), default=0.1, help="the highest learning rate")
     add("--lr-schedule", default="piecewise", choices=["piecewise", "cyclic", "cosine"],
         help="divided by 10 at each milestone; linearly up to --lr and down; half a cosine")
-    add("--milestones", type=number(float, 0, 1), nargs="+", default=[0.5, 0.75],
-        help="as fractions of --epochs")
+    add("--milestones", type=share, nargs="+", default=[0.5, 0.75], help="as parts of --epochs")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="on all parameters")
     add("--val-size", type=count, default=1000, help="training images held out to choose best.pt")
     add("--train-size", type=count, help="number of training images; None: all")
     add("--test-size", type=count, help="number of test images; None: all")
+    add("--label-noise", type=share, default=0.0, help="share of training labels that are wrong")
     add("--keep-epochs", action="store_true", help="keep a checkpoint of every epoch")
     add("--seed", type=number(int, 0), default=0, help="of the weights, the order and the noise")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="to compute on")
@@ -124,11 +126,11 @@ def parse(parser, argv=None):
     args = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
     device = set_up(args.device)
     saved = saved_settings(args) if args.resume else {}
-    parser.set_defaults(**saved or small_preset(args.dataset))
+    parser.set_defaults(**saved or small_preset(args.dataset, args.data_dir))
     args = parser.parse_args(words)
-    for name in saved.keys() - {"dataset", "data_dir", "device", "epochs"}:  # these may change
+    for name in saved.keys() - {"dataset", "data_dir", "device", "epochs", "keep_epochs"}:
         if vars(args)[name] != saved[name]:
-            fail(f"--{name.replace('_', '-')} was {saved[name]} in {args.out}: leave it out")
+            fail(f"--{name.replace('_', '-')} is another one in {args.out}/args.json: leave it out")
     args.device = device
     if args.precision == "auto":
         native = (torch.cuda.is_bf16_supported(False) if args.device == "cuda" else
@@ -137,11 +139,12 @@ def parse(parser, argv=None):
     return args
 
 
-def small_preset(dataset):
-    """Defaults for `shapes`, and for a folder of few images or where there is no GPU."""
+def small_preset(dataset, data_dir="data"):
+    """Defaults for `shapes`, SVHN, and a folder of few images or where there is no GPU."""
     if dataset in DATASETS:
-        return SMALL | dict(epochs=6, val_size=200, batch_size=16) if dataset == "shapes" else {}
-    n = len(list_folder(dataset)[0][0])
+        shapes = SMALL | dict(epochs=6, val_size=200, batch_size=16, no_flip=True)
+        return {"shapes": shapes, "svhn": dict(no_flip=True)}.get(dataset, {})
+    n = len(list_folder(dataset, data_dir)[0][0])
     small = SMALL | dict(epochs=min(max(20_000 // n, 6), 100), val_size=min(max(n // 10, 1), 1000),
                          batch_size=min(max(n // 8, 4), 32))
     return {} if n >= 5000 and torch.cuda.is_available() else small
@@ -179,10 +182,9 @@ def progress(items, label, done=0, total=None):
 class Data(NamedTuple):
     """A data set: images x uint8 N x 3 x H x W and labels y int64 N."""
     train: tuple  # x, y and the indices of those to train on
-    val: tuple  # x, y: held out of the training images to choose best.pt
-    test: tuple  # x, y: used once, at the end
+    val: tuple  # held out of the training images to choose best.pt
+    test: tuple  # used once, at the end
     classes: list
-    flip: bool  # are training images mirrored?
 
 
 def load_data(args):
@@ -205,13 +207,15 @@ def load_data(args):
     if args.val_size >= len(order) or (args.test_size or 0) > len(test_order):
         fail(f"--val-size is below {len(order)} here, and --test-size at most {len(test_order)}")
     held_out, index = order[:args.val_size], order[args.val_size:][:args.train_size]
+    noisy = index[:round(args.label_noise * len(index))]
+    shift = np.random.default_rng(0).integers(1, len(classes), len(noisy))
+    y = y.index_put((noisy,), (y[noisy] + torch.from_numpy(shift)) % len(classes))
     if args.test_size:
         test = [part[test_order[:args.test_size]] for part in test]
     # x goes to the device if it takes up to 2 GB; of a larger one the images that are needed do.
     parts = [(x.to(args.device) if x.nbytes <= 2**31 else x, y.to(args.device))
              for x, y in ((x, y), (x[held_out], y[held_out]), test)]
-    return Data((*parts[0], index.to(args.device)), *parts[1:], classes,
-                flip=args.dataset not in ("svhn", "shapes") and not args.no_flip)
+    return Data((*parts[0], index.to(args.device)), *parts[1:], classes)
 
 
 def batches(data, args, epoch):
@@ -222,7 +226,7 @@ def batches(data, args, epoch):
     n = len(index) // args.batch_size
     parts = [part[RANK::WORLD] for part in index.split(args.batch_size)[:n]]
     for part in progress(parts, "training step", epoch * n, args.epochs * n):
-        yield augment(x[part.to(x.device)].to(part.device), data.flip), y[part]
+        yield augment(x[part.to(x.device)].to(part.device), not args.no_flip), y[part]
 
 
 def augment(x, flip, padding=4):
@@ -261,11 +265,13 @@ def list_folder(root, data_dir=""):
     """The images of a folder: train and test as (paths, labels), and the classes' names. It holds
     train/CLASS/* and test/, val/ or validation/, or CLASS/* alone, of which a seventh is tested."""
     root = Path(data_dir, "tiny-imagenet-200") if root == "tiny-imagenet" else Path(root)
-    split, test = (root / "train").is_dir(), []
-    train, classes = list_images(root / "train" if split else root)
-    if len(train) < 2:
-        fail(f"{root} does not hold images in CLASS/* or train/CLASS/*")
-    for part in [root / name for name in ("validation", "val", "test") if split]:  # the last counts
+    parts, test = {path.name.lower(): path for path in root.glob("*/")}, []
+    split = parts.get("train", parts.get("training", root))
+    train, classes = list_images(split)
+    if len(classes) < 2:
+        fail(f"{root} does not hold images of several classes in CLASS/* or train/CLASS/*")
+    for part in [parts[name] for name in ("valid", "validation", "val", "testing", "test")
+                 if split != root and name in parts]:  # the last one counts
         found, names = list_images(part)
         if (part / "val_annotations.txt").exists():  # Tiny ImageNet: no folders, a list of labels
             rows = map(str.split, (part / "val_annotations.txt").read_text().splitlines())
@@ -273,10 +279,10 @@ def list_folder(root, data_dir=""):
         elif names == classes:
             test = found
         elif set(names) & set(classes):  # else it is unlabelled, as ImageNet's test/
-            fail(f"{part} and {root / 'train'} differ in {sorted(set(names) ^ set(classes))}")
+            fail(f"{part} and {split} differ in {sorted(set(names) ^ set(classes))}")
     if not test:
-        order = np.random.default_rng(0).permutation(len(train))
-        test, train = ([train[i] for i in part] for part in np.split(order, [-(-len(train) // 7)]))
+        train.sort(key=lambda pair: hashlib.sha1(str(pair[0].relative_to(root)).encode()).digest())
+        test, train = train[:-(-len(train) // 7)], train[-(-len(train) // 7):]
         print(f"{root} has no test images: {len(test)}, always the same, are set aside for it")
     return tuple(zip(*train)), tuple(zip(*test)), classes
 
@@ -309,26 +315,26 @@ def decode(paths, args, size=None):
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for i in progress(range(0, len(paths), 256), "decoding images, batch"):
-                    x[i:i + 256] = [center_crop(resize(image, size), size)
-                                    for image in pool.map(open_image, paths[i:i + 256])]
+                    x[i:i + 256] = [*pool.map(open_image, paths[i:i + 256], itertools.repeat(size))]
             os.replace(temporary, cache)
         finally:
             temporary.unlink(missing_ok=True)
     return torch.from_numpy(np.load(cache, mmap_mode="c")).permute(0, 3, 1, 2)
 
 
-def open_image(path):
-    """A file's image in RGB: turned as its EXIF data say, transparent parts white, 16 bits as 8."""
+def open_image(path, size=None):
+    """A file's image in RGB, resized: turned as EXIF data say, transparent parts white, 8 bits."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode == "F":
-            raise ValueError("floating-point images have no known range")
+        if image.mode == "F" or image.mode == "I" and np.any(np.asarray(image) >> 16):
+            raise ValueError("numbers of more than 16 bits have no known range")
         if image.mode.startswith("I"):  # 16 bits
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        return center_crop(resize(image, size), size) if size else image
     except Exception as error:  # PIL raises nearly anything
         fail(f"{path} cannot be used ({error}): repair or remove it")
 
@@ -370,7 +376,6 @@ def draw_shapes(n, seed, size=32):
 # ------------------------------------------------------------------------------------------- models
 ACTIVATIONS = {"relu": functools.partial(nn.ReLU, inplace=True), "softplus": nn.Softplus,
                "softplus10": functools.partial(nn.Softplus, beta=10), "swish": nn.SiLU}
-WIDE = dict(preact="activated", stem=16)
 ARCHS = {
     "resnet10": dict(blocks=(1, 1, 1, 1)),
     "resnet18": dict(blocks=(2, 2, 2, 2)),
@@ -380,10 +385,8 @@ ARCHS = {
     "preactresnet34": dict(blocks=(3, 4, 6, 3), preact="raw"),
     "preactresnet50": dict(blocks=(3, 4, 6, 3), preact="activated", expansion=4),
     "preactresnet18-v2": dict(blocks=(2, 2, 2, 2), preact="activated"),
-    "wrn-16-8": dict(blocks=(2, 2, 2), width=128, **WIDE),
-    "wrn-28-10": dict(blocks=(4, 4, 4), width=160, **WIDE),
-    "wrn-34-4": dict(blocks=(5, 5, 5), width=64, **WIDE),
-    "wrn-34-10": dict(blocks=(5, 5, 5), width=160, **WIDE),
+    **{f"wrn-{depth}-{k}": dict(blocks=[(depth - 4) // 6] * 3, preact="activated", width=16 * k,
+                                stem=16) for depth, k in ((16, 8), (28, 10), (34, 4), (34, 10))},
     "vgg16": {},
 }
 
@@ -398,10 +401,8 @@ class Block(nn.Module):
         if outputs != width:
             layers = [(inputs, width, 1), (width, width, 3, stride, 1), (width, outputs, 1)]
         for i, layer in enumerate(layers, 1):
-            pair = {f"conv{i}": nn.Conv2d(*layer, bias=False),
-                    f"bn{i}": nn.BatchNorm2d(layer[0 if preact else 1])}
-            for name in sorted(pair, reverse=not preact):  # in the order of their use
-                self.add_module(name, pair[name])
+            self.add_module(f"conv{i}", nn.Conv2d(*layer, bias=False))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(layer[0 if preact else 1]))
         self.shortcut, self.n = nn.Sequential(), len(layers)
         if stride > 1 or inputs != outputs:
             self.shortcut.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
@@ -442,8 +443,8 @@ def resnet(classes, width, activation, size, blocks, stem=None, preact=None, exp
 
 def vgg(classes, width, activation, size):
     """The layers of VGG-16 with BatchNorm (Simonyan & Zisserman 2015) and a single linear layer."""
-    layers = torchvision.models.vgg.make_layers([part if part == "M" else part * width for part in (
-        1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M")], batch_norm=True)
+    plan = [part if part == "M" else part * width // 64 for part in vgg_layers.cfgs["D"]]
+    layers = vgg_layers.make_layers(plan, batch_norm=True)
     layers = [activation if isinstance(layer, nn.ReLU) else layer for layer in layers]
     return {"features": nn.Sequential(*layers), "pool": nn.AdaptiveAvgPool2d(1),
             "flatten": nn.Flatten(), "classifier": nn.Linear(8 * width, classes)}
@@ -493,11 +494,11 @@ def prepare_model(args, data):
 def attacking(model, x, bn="eval"):
     """Surrounds every attack on x: the model computes as in evaluation or, with "train", normalises
     by the batch's statistics, and is left as it was. ValueError unless 0 <= x <= 1."""
-    inside = ((x > -1e-6) & (x < 1 + 1e-6)).all()
+    inside, message = ((x >= -1e-6) & (x <= 1 + 1e-6)).all(), "attacks take images in [0, 1]"
     if x.device.type == "cuda":
-        torch._assert_async(inside)  # unlike an `if`, this does not make the host wait
+        torch._assert_async(inside, message)  # unlike an `if`, this does not make the host wait
     elif not inside:
-        raise ValueError("attacks take images in [0, 1]: normalise inside the model")
+        raise ValueError(f"{message}: normalise inside the model")
     statistics = ("running_mean", "running_var", "num_batches_tracked", "track_running_stats")
     before = [(module, name, getattr(module, name)) for module in model.modules()
               for name in ("training", *statistics) if hasattr(module, name)]
@@ -518,10 +519,6 @@ def attacking(model, x, bn="eval"):
             setattr(owner, name, value)
 
 
-def l2_norm(x):
-    return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)  # of each image
-
-
 @torch.no_grad()
 def project(x_adv, x, eps, norm="linf"):
     """P: projects x_adv onto the eps-ball around x, then onto [0, 1]."""
@@ -533,7 +530,7 @@ def project(x_adv, x, eps, norm="linf"):
 @torch.no_grad()
 def step(x_adv, gradient, x, eps, alpha, norm="linf"):
     """P(x_adv + alpha d), d being the gradient's sign (linf) or the unit vector along it (l2)."""
-    d = gradient.sign() if norm == "linf" else gradient / l2_norm(gradient).clamp(min=1e-12)
+    d = gradient.sign() if norm == "linf" else F.normalize(gradient, dim=(1, 2, 3))
     return project(x_adv + alpha * d, x, eps, norm)
 
 
@@ -545,7 +542,7 @@ def random_start(x, eps, norm="linf", generator=None):
     else:
         noise = torch.empty_like(x).normal_(generator=generator)
         radius = torch.empty_like(x[:, :1, :1, :1]).uniform_(generator=generator)
-        noise *= radius ** (1 / x[0].numel()) / l2_norm(noise)
+        noise = F.normalize(noise, dim=(1, 2, 3)) * radius ** (1 / x[0].numel())
     return (x + eps * noise).clamp(0, 1)
 
 
@@ -595,12 +592,12 @@ def still_correct(model, x, y, *attacks, batch_size=None, label="evaluating"):
     return correct.bool()
 
 
-def accuracy(model, x, y, eps, steps=20, norm="linf"):
+def accuracy(model, x, y, eps, steps=20, norm="linf", batch_size=None):
     """Accuracy in % of a classifier of images in [0, 1], clean and under PGD in steps of eps/4."""
     pgd = functools.partial(pgd_attack, eps=eps, alpha=eps / 4, steps=steps, norm=norm,
                             generator=torch.Generator(y.device).manual_seed(0))
-    clean = still_correct(model, x, y)
-    robust = still_correct(model, x[clean.to(x.device)], y[clean], pgd)
+    clean = still_correct(model, x, y, batch_size=batch_size)
+    robust = still_correct(model, x[clean.to(x.device)], y[clean], pgd, batch_size=batch_size)
     return tuple(100 * correct.sum().item() / len(y) for correct in (clean, robust))
 
 
@@ -628,7 +625,8 @@ def average(tensors):
 def load(path, device="cpu"):
     """torch.load, of tensors and plain types only, so that no code in the file is executed."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # as others save options
+            return torch.load(path, map_location=device, weights_only=True)
     except Exception as e:
         fail(f"cannot load {path}: {e if isinstance(e, OSError) else 'save its state_dict()'}")
 
@@ -654,17 +652,16 @@ def saved_settings(args):
     return saved | dict(out=args.out or str(path.parent), resume=True, device="auto")
 
 
-def claim_folder(args):
-    """--out, or the first of runs/NAME, runs/NAME-2, ... in which no process has made args.json."""
-    name = f"{args.method}-{Path(args.dataset).name}-{args.arch}-eps{args.eps * 255:g}"
+def claim_folder(out, name, file):
+    """Takes `out`, or the first free one of runs/NAME, runs/NAME-2, ..., by making `file` in it."""
     for i in itertools.count(1):
-        folder = Path(args.out or f"runs/{name}-seed{args.seed}" + f"-{i}" * (i > 1))
+        folder = Path(out or f"runs/{name}" + f"-{i}" * (i > 1))
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            (folder / "args.json").touch(exist_ok=False)
+            (folder / file).touch(exist_ok=False)
             return str(folder)
-        if args.out:
-            fail(f"{folder} holds a run: choose another --out, or add --resume")
+        if out:
+            fail(f"{folder} holds {file}: choose another --out, or --resume that training")
 
 
 class Run:
@@ -675,15 +672,21 @@ class Run:
         n = len(data.train[2])
         if n < args.batch_size or args.batch_size % WORLD:
             fail(f"--batch-size must be at most {n}, and divisible by the number of processes")
-        folder = [args.out if args.resume else claim_folder(args) if RANK == 0 else None]
+        name = f"{args.method}-{Path(args.dataset).name}-{args.arch}-eps{args.eps * 255:g}"
+        folder = [args.out if args.resume or RANK > 0 else
+                  claim_folder(args.out, f"{name}-seed{args.seed}", "args.json")]
         if WORLD > 1:
             dist.broadcast_object_list(folder)
         args.out, self.folder, self.args, self.data = folder[0], Path(folder[0]), args, data
         self.epoch, self.rows, self.state, self.saved = 0, [], {}, {}
+        self.accuracy = functools.partial(accuracy, eps=args.eps, norm=args.norm, batch_size=(
+            args.batch_size if args.device == "cuda" else None))  # what fits into its memory
         self.steps, self.models = n // args.batch_size, {"": model}  # networks by their file prefix
         if args.resume and (self.folder / "last.pt").exists():
             last = load(self.folder / "last.pt", args.device)
             self.epoch, self.rows, self.saved = (last[key] for key in ("epoch", "rows", "state"))
+            if last["args"]["epochs"] != args.epochs:
+                print(f"the learning rate goes on as in a run of {args.epochs} epochs")
             if last["classes"] != data.classes:
                 fail(f"{self.folder} was started with other classes")
         for part in dict(model=model, optimizer=optimizer, scaler=scaler).items():
@@ -693,15 +696,15 @@ class Run:
             device=torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()))
         if RANK == 0:
             (self.folder / "args.json").write_text(json.dumps(self.about, indent=1))
-        note = f"interrupted; to continue, add --resume --out {args.out}"
-        if not (self.folder.parent / "args.json").exists():  # that is, unless it is a teacher's run
-            signal.signal(signal.SIGINT, lambda *_: fail(note))
-        sizes = f"{n:,} training, {len(data.val[1]):,} held-out, {len(data.test[1]):,} test images"
+        note = "interrupted; to continue, add --resume to the same command"
+        signal.signal(signal.SIGINT, lambda *_: fail(note))
+        counts = f"{n:,} training, {len(data.val[1]):,} held-out, {len(data.test[1]):,} test images"
+        classes = ", ".join([*data.classes[:20], "..."][:len(data.classes)])
         print(f"{args.method}: {args.arch}, {sum(p.numel() for p in model.parameters()):,} weights,"
               f" {args.precision} on {args.device}, {args.norm} eps {args.eps * 255:g}/255\n"
-              f"{Path(args.dataset).name}: {sizes} of {data.test[0].shape[-1]} pixels; classes: "
-              f"{', '.join(data.classes[:20])}\n{args.epochs} epochs of {self.steps} steps with "
-              f"{args.batch_size} images (defaults: {args.preset}), see {self.folder}/args.json")
+              f"{Path(args.dataset).name}: {counts} of {data.test[0].shape[-1]} pixels; classes: "
+              f"{classes}\n{args.epochs} epochs of {self.steps} steps with {args.batch_size} images"
+              f" (defaults: {args.preset}), see {self.folder}/args.json")
         self.head = ("\n             mean      accuracy on held-out images %   training\n"
                      "epoch    lr  loss      clean    under PGD (10 steps)   seconds\n")
 
@@ -716,7 +719,7 @@ class Run:
         # Noise of its own for each process and epoch, so that a resumed run draws the same.
         torch.manual_seed(self.args.seed + 1_000_003 * (1 + RANK + WORLD * self.epoch))
         self.state["model"].train()
-        self.started = time.perf_counter()
+        self.started = time.time()
 
     def end_epoch(self, lr, loss):
         """Evaluates on the held-out images, logs and saves. `loss`: the epoch's mean, a tensor."""
@@ -724,12 +727,11 @@ class Run:
         if not math.isfinite(loss):  # which also waits for the GPU to finish
             fail(f"the loss is {loss.item()}: try a lower --lr, or --precision fp32")
         self.epoch += 1
-        row = dict(epoch=self.epoch, lr=lr, loss=loss.item(),
-                   seconds=time.perf_counter() - self.started)
+        row = dict(epoch=self.epoch, lr=lr, loss=loss.item(), seconds=time.time() - self.started)
         for prefix, model in self.models.items():
-            clean, pgd = accuracy(model, *self.data.val, self.args.eps, 10, self.args.norm)
+            clean, pgd = self.accuracy(model, *self.data.val, steps=10)
             row |= {f"{prefix}val_clean": clean, f"{prefix}val_pgd": pgd}
-            print(f"{self.head}{self.epoch:5}{lr:7.4f}{loss:6.3f}{clean:11.1f}{pgd:24.1f}"
+            print(f"{self.head}{self.epoch:5}{lr:7.4f} {loss:5.3f}{clean:11.1f}{pgd:24.1f}"
                   f"{row['seconds']:10.1f}  {prefix.strip('_')}", flush=True)
             self.head = ""
         if self.rows and row["val_pgd"] < self.rows[-1]["val_pgd"] - 20:
@@ -740,8 +742,8 @@ class Run:
             checkpoint = dict(model=model.state_dict(), mean=model.mean, std=model.std,
                               options=model.options, args=vars(self.args), epoch=self.epoch,
                               classes=self.data.classes, rows=self.rows)
-            attacked = vars(self.args).get("steps") != 0  # else no epoch is robust
-            key = f"{prefix}val_pgd" if attacked else f"{prefix}val_clean"
+            # Without an attack no epoch is robust, and the clean accuracy counts.
+            key = prefix + ("val_clean" if vars(self.args).get("steps") == 0 else "val_pgd")
             if row[key] == max(old.get(key, 0) for old in self.rows):
                 self.save(f"{prefix}best.pt", checkpoint)
             if self.args.keep_epochs:
@@ -753,16 +755,15 @@ class Run:
 
     def save(self, name, content):
         if RANK == 0:  # replaces a file as a whole, so that it is complete at any time
-            with open(self.folder / "tmp", "wb") as file:
+            with open(self.folder / "tmp", "wb", buffering=0) as file:
                 torch.save(content, file)
-                file.flush()
                 os.fsync(file.fileno())
             os.replace(self.folder / "tmp", self.folder / name)
 
     def finish(self):
         if WORLD > 1:
             dist.barrier()  # until the first process has saved them
-        result = self.about | dict(n_test=len(self.data.test[1]), train_seconds=sum(
+        result = dict(n_test=len(self.data.test[1]), train_seconds=sum(
             row["seconds"] for row in self.rows))
         print(f"\n{result['n_test']:,} test images  epoch  clean %  under PGD (20 steps) %")
         for prefix in self.models:
@@ -770,15 +771,13 @@ class Run:
                 model, checkpoint = load_model(self.folder / f"{name}.pt", self.args.device)
                 row, same = checkpoint["rows"][-1], result.get(f"{prefix}best", {})
                 if row["epoch"] != same.get("epoch"):
-                    clean, pgd = accuracy(model, *self.data.test, self.args.eps, 20, self.args.norm)
+                    clean, pgd = self.accuracy(model, *self.data.test, steps=20)
                 result[name] = dict(epoch=row["epoch"], val_clean=row[f"{prefix}val_clean"],
                                     val_pgd=row[f"{prefix}val_pgd"], test_clean=clean, test_pgd=pgd)
                 print(f"{name:17}  {row['epoch']:5}{clean:9.2f}{pgd:24.2f}")
-            difference = {key: same[key] - result[name][key] for key in same}
-            print(f"difference{difference['test_clean']:23.2f}{difference['test_pgd']:24.2f}")
-            result[f"{prefix}difference"] = difference
-            if clean < 120 / len(self.data.classes):
-                print("warning: that is hardly more than chance: nothing was learned")
+                if clean <= 120 / len(self.data.classes):
+                    print(f"warning: {name}.pt is hardly better than chance")
+            print(f"difference{same['test_clean'] - clean:23.2f}{same['test_pgd'] - pgd:24.2f}")
         if RANK == 0:
             (self.folder / "result.json").write_text(json.dumps(result, indent=1))
             try:

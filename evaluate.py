@@ -11,7 +11,6 @@ restart those that are left, so that accuracies under attack are upper bounds. e
 distances are in units of 1/255. Runs that differ only in the seed are averaged in one row more.
 """
 
-import contextlib
 import copy
 import functools
 import itertools
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 
 import common
 from backward_smoothing import backward_smoothing
-from common import attacking, l2_norm, project, random_start, step
+from common import attacking, project, random_start, step
 from fast_at import misalignment
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
@@ -70,12 +69,10 @@ def parse_args(argv=None):
     add("--image-size", type=number(int, 32, 4096), help="None: as in training")
     add("--seed", type=number(int, 0), default=0, help="of the choice of images and the noise")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="to compute on")
-    add("--out", metavar="DIR", help="result folder; None: the next free runs/evaluation-N")
+    add("--out", metavar="DIR", help="result folder; None: the next free runs/evaluation-...")
     args = parser.parse_args(argv)
     if bool(args.mean) != bool(args.std) or args.mean and max(args.mean + args.std) > 1.5:
         parser.error("--mean and --std go together, for images in [0, 1]: else divide by 255")
-    if args.out and Path(args.out, "result.json").exists():
-        parser.error(f"{args.out} holds a result: choose another --out")
     args.attack += ["pgd", "lite", "square"] if args.checklist else []
     args.restarts = 1 if args.start == "zero" else args.restarts
     args.plots = list(PLOTS) if args.plots == [] else args.plots or []
@@ -167,7 +164,7 @@ class Checkpoint:
 def test_images(dataset, data_dir, image_size, device):
     """A data set's test images x uint8, labels and class names. Of a folder it decodes no more."""
     args = Namespace(dataset=dataset, data_dir=data_dir, image_size=image_size, device=device,
-                     val_size=1, train_size=None, test_size=None, no_flip=True)
+                     val_size=1, train_size=None, test_size=None, label_noise=0)
     if dataset in common.DATASETS and dataset != "tiny-imagenet":
         data = common.load_data(args)
         return *data.test, data.classes
@@ -356,6 +353,7 @@ def square(model, x, y, eps, *, norm="linf", queries=5000, generator=None):
         row, column = (int(uniform(1) * (whole - size + 1)) for whole in x.shape[2:])
         return ..., slice(row, row + size), slice(column, column + size)
 
+    x = x.detach()
     x_adv, index, side = x.clone(), torch.arange(len(x), device=x.device), min(x.shape[2:])
     with attacking(model, x), torch.no_grad():
         if norm == "linf":
@@ -404,17 +402,18 @@ def cw_l2(model, x, y, *, constant=0.1, steps=100, lr=0.01):
     """Carlini & Wagner's L2 attack with KD-SWA's settings, which leave out the search for the
     constant: minimises |x_adv - x|^2 + constant max(z_y - z_other, 0), however far that leads.
     Returns the closest x_adv that fooled the model, or x."""
+    x = x.detach()
     w = torch.atanh((2 * x - 1) * 0.999999).requires_grad_()  # x_adv = (tanh(w) + 1) / 2
     optimizer = torch.optim.Adam([w], lr)
     x_adv, nearest = x.clone(), torch.full_like(x[:, :1, :1, :1], math.inf)
     with attacking(model, x):
         for _ in range(steps):
             point = (w.tanh() + 1) / 2
-            ahead, distance = margin(model(point), y), l2_norm(point - x).detach()
+            ahead, distance = margin(model(point), y), (point - x).square().sum((1, 2, 3), True)
             closer = (ahead > 0).view_as(distance) & (distance < nearest)
-            nearest = torch.where(closer, distance, nearest)
+            nearest = torch.where(closer, distance.detach(), nearest)
             x_adv = torch.where(closer, point.detach(), x_adv)
-            loss = (point - x).square().sum() + constant * (-ahead).clamp(min=0).sum()
+            loss = distance.sum() + constant * (-ahead).clamp(min=0).sum()
             w.grad, = torch.autograd.grad(loss, w)
             optimizer.step()
     return x_adv
@@ -428,7 +427,7 @@ def rays(model, x, y, *, queries=5000):
         point = x[index] + radius.view(-1, 1, 1, 1) * signs.view(-1, *x.shape[1:])
         return model(point.clamp(0, 1)).argmax(1) != y[index]
 
-    n, size = len(x), x[0].numel()
+    x, n, size = x.detach(), len(x), x[0].numel()
     signs, radius = x.new_ones(n, size), x.new_full((n,), math.inf)
     used, level, block = torch.zeros(n, device=x.device), 0, 0
     with attacking(model, x), torch.no_grad():
@@ -509,7 +508,8 @@ def inspect(checkpoint, clean):
     start, most = f"warning: {checkpoint.path}", max(checkpoint.y.bincount())
     if not checkpoint.ours and clean < min(200 / classes, 75):
         print(f"{start}: only {clean:.1f} % are right. Usual causes: the normalisation (--mean, "
-              "--std), the order of the classes, the block (preactresnet18 or preactresnet18-v2)")
+              "--std), the block (preactresnet18 or preactresnet18-v2), the order of the classes: "
+              f"here {textwrap.shorten(', '.join(checkpoint.classes), 150)}")
     elif clean <= 120 / classes or predicted.max() >= 95 and most < 1.5 * n / classes:
         print(f"{start}: {clean:.1f} % are right, and by chance {100 / classes:.1f} % would be; "
               f"{predicted.max():.0f} % of the images get the same prediction")
@@ -617,13 +617,14 @@ def checklist(checkpoint, row, kept):
 # ------------------------------------------------------------------------------------------- plots
 def new_figure(rows, columns, width, height):
     import matplotlib.figure  # takes half a second
-    matplotlib.rcParams.update({"font.size": 14, "axes.grid": True, "lines.linewidth": 2.5})
+    matplotlib.rcParams.update({"font.size": 14, "axes.grid": True, "lines.linewidth": 2.5,
+                                "text.parse_math": False})  # $ is part of a name
     figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def short_lines(name):
-    return "\n".join(textwrap.wrap(name, 26)).replace("$", r"\$")  # $ would begin a formula
+    return "\n".join(textwrap.wrap(name, 26))
 
 
 def line_plot(checkpoints, measure, xlabel, span=(), **options):
@@ -673,7 +674,7 @@ def largest_eigenvalue(model, x, y, iterations=20):
     gradient, = torch.autograd.grad(loss, x, create_graph=True)
     v = torch.randn_like(x)
     for _ in range(iterations):
-        v = v / l2_norm(v).clamp(min=1e-30)
+        v = F.normalize(v, dim=(1, 2, 3), eps=1e-30)
         product, = torch.autograd.grad(gradient, x, v, retain_graph=True)
         value, v = (v * product).flatten(1).sum(1), product
     return value.detach()
@@ -800,15 +801,6 @@ PLOTS = {name: functools.partial(plot, **options) for name, plot, options in (
 
 
 # -------------------------------------------------------------------------------------------- main
-def claim_folder(out):
-    """--out, or the first of runs/evaluation-1, ... that nobody has, even if two ask at once."""
-    for i in itertools.count(1):
-        folder = Path(out or f"runs/evaluation-{i}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True, exist_ok=bool(out))
-            return folder
-
-
 def main(args):
     def save():
         if common.RANK == 0:
@@ -819,7 +811,7 @@ def main(args):
     for surrogate in surrogates:
         if any(surrogate.classes != checkpoint.classes for checkpoint in checkpoints):
             common.fail(f"{surrogate.path} cannot be a surrogate: it knows other classes")
-    folder = claim_folder(args.out) if common.RANK == 0 else Path()
+    folder = Path("" if common.RANK else common.claim_folder(args.out, "evaluation", "result.json"))
     in_255 = {name: 255 * vars(args)[name] for name in ("eps", "alpha") if vars(args)[name]}
     result = dict(command=sys.argv, args=vars(args) | in_255, rows=[], classes=[], checklist=[],
                   summary=[], plots={})

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 import backward_smoothing  # noqa: E402
 import common  # noqa: E402
@@ -42,7 +43,7 @@ METHODS = {  # script, its options, the formula
     "Fast TRADES (2-step)": (trades, "--steps 2 --init uniform", 1 + 2 * 2 + 6),
     "Backward Smoothing": (backward_smoothing, "", 2 + 2 + 6),
     "Fast-BAT": (fast_bat, "", 2 + 2 + 4 + 4),
-    "KD-SWA": (kd_swa, "", 10 * 2 + 3 + 2),
+    "KD-SWA": (kd_swa, "--attack pgd", 10 * 2 + 3 + 2),
 }
 TWICE = ("GradAlign", "Fast-BAT")  # they differentiate twice, which torch.compile does not support
 
@@ -90,8 +91,7 @@ def compare(options):
     n, device = max(1024, options.batch_size), options.device
     x = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, device=device)
     part = x, torch.randint(10, (n,), device=device)
-    data = common.Data((*part, torch.arange(n, device=device)), part, part, list("0123456789"),
-                       flip=True)
+    data = common.Data((*part, torch.arange(n, device=device)), part, part, list("0123456789"))
     methods = {name: ours(name, options, data) for name in options.methods}
 
     def seconds(function, times=1):

@@ -55,7 +55,7 @@ def data_options(dataset="shapes", data_dir="", val_size=1, **more):
     """What common.load_data needs to know, as if from the command line."""
     return argparse.Namespace(**dict(
         dataset=str(dataset), data_dir=str(data_dir), device="cpu", val_size=val_size, seed=0,
-        train_size=None, test_size=None, image_size=None, no_flip=False) | more)
+        train_size=None, test_size=None, image_size=None, label_noise=0, no_flip=False) | more)
 
 
 def command(script, *options, cwd, **kwargs):

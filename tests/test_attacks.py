@@ -154,6 +154,13 @@ def test_a_compiled_network_gets_no_gradients_of_its_weights_in_attacks(model, b
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["bn1.weight"]
 
 
+def test_the_other_attacks_return_no_graph_either():
+    model, x, y = network_and_images("bn1d")
+    for attack, options in ((evaluate.square, dict(eps=EPS, queries=3)),
+                            (evaluate.cw_l2, dict(steps=2)), (evaluate.rays, dict(queries=9))):
+        assert not attack(model, x.requires_grad_(), y, **options).requires_grad and x.grad is None
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_attacks_refuse_what_is_no_image_in_0_1(attack):
     model, x, y = network_and_images("bn1d")

@@ -70,7 +70,16 @@ def test_augment_recomputed():
 def numbered(n):
     """A data set of which ten images are held out. An image holds its number, also its label."""
     x = torch.arange(n).byte().view(n, 1, 1, 1).expand(n, 3, 8, 8)
-    return common.Data((x, torch.arange(n), torch.arange(10, n)), None, None, [], flip=False)
+    return common.Data((x, torch.arange(n), torch.arange(10, n)), None, None, [])
+
+
+def test_label_noise_gives_a_share_of_the_training_images_any_wrong_label(tmp_path):
+    right, wrong = (load("shapes", tmp_path, val_size=200, train_size=1000, label_noise=share)
+                    for share in (0, 0.25))
+    differ = wrong.train[1] != right.train[1]
+    assert differ.sum() == differ[right.train[2]].sum() == 250  # none of those that are left out
+    assert len(set(((wrong.train[1] - right.train[1]) % 10)[differ].tolist())) == 9
+    assert torch.equal(right.val[1], wrong.val[1]) and torch.equal(right.test[1], wrong.test[1])
 
 
 def test_batches_are_full_shuffled_and_seeded_and_hold_every_image_once():
@@ -118,7 +127,7 @@ def test_the_parts_of_shapes(tmp_path):
     """No image is in two parts, which depend neither on the seed nor on the size of another one."""
     one, other = (load("shapes", tmp_path, val_size=50, seed=seed) for seed in (0, 1))
     small = load("shapes", tmp_path, val_size=80, train_size=70, test_size=100)
-    assert not one.flip and one.classes[:2] == ["disc", "ring"]
+    assert one.classes[:2] == ["disc", "ring"]
     for a, b in zip((*one.train, *one.val, *one.test), (*other.train, *other.val, *other.test)):
         assert torch.equal(a, b)
     images = [{bytes(x.numpy()) for x in part}
@@ -160,7 +169,6 @@ def test_cifar(tmp_path, monkeypatch, name):
         assert x.dtype == torch.uint8 and y.dtype == torch.int64 and x.is_contiguous()
         assert np.array_equal(x, images[part][0]) and y.tolist() == images[part][1]
     assert data.classes == [f"class{i}" for i in range(10)]
-    assert data.flip and not load(name.lower(), tmp_path, no_flip=True).flip
     assert load(name.lower(), tmp_path, image_size=48).val[0].shape == (1, 3, 48, 48)
 
 
@@ -186,7 +194,7 @@ def test_stl10(tmp_path, monkeypatch):
         monkeypatch.setattr(cls, part, [[file, None] for file, _ in getattr(cls, part)])
     data = load("stl10", tmp_path)
     assert np.array_equal(data.train[0], x) and data.train[1].tolist() == list(range(6))
-    assert np.array_equal(data.test[0], x) and data.classes == list("abcdefghij") and data.flip
+    assert np.array_equal(data.test[0], x) and data.classes == list("abcdefghij")
     assert load("stl10", tmp_path, image_size=32).train[0].shape == (6, 3, 32, 32)
 
 
@@ -202,7 +210,7 @@ def test_svhn(tmp_path, monkeypatch):
     data = load("svhn", tmp_path)
     assert np.array_equal(data.train[0], x.transpose(3, 2, 0, 1))
     assert data.train[1].tolist() == data.test[1].tolist() == [1, 0, 3, 9]
-    assert data.classes == list("0123456789") and not data.flip
+    assert data.classes == list("0123456789")
 
 
 # ------------------------------------------------------------------------------ folders of images
@@ -210,14 +218,15 @@ def test_a_folder_is_decoded_once_and_mapped_into_memory(folder, tmp_path, capsy
     data = load(folder, tmp_path)
     assert "decoding 16 images of 32x32 pixels" in capsys.readouterr().out
     x, y, _ = data.train
-    assert data.classes == ["cat", "dog"] and y.tolist() == [0] * 8 + [1] * 8 and data.flip
+    assert data.classes == ["cat", "dog"] and y.tolist() == [0] * 8 + [1] * 8
     assert is_that_of(folder / "train/dog/1.png", x[9])
     assert is_that_of(folder / "test/dog/0.png", data.test[0][4])
     assert {0, 1} == set(load(folder, tmp_path, test_size=4).test[1].tolist())  # chosen at random
     if (maps := Path("/proc/self/maps")).exists():
         assert str(tmp_path / "cache/images-") in maps.read_text()
     opened, genuine = [], common.open_image
-    monkeypatch.setattr(common, "open_image", lambda path: opened.append(path) or genuine(path))
+    monkeypatch.setattr(common, "open_image",
+                        lambda *path_and_size: opened.append(0) or genuine(*path_and_size))
     again = load(folder, tmp_path)
     assert len(opened) <= 1 and "decoding" not in capsys.readouterr().out
     assert torch.equal(again.train[0], x) and torch.equal(again.test[0], data.test[0])
@@ -232,13 +241,13 @@ def test_two_processes_can_decode_at_once(folder, tmp_path, monkeypatch):
     """While this one decodes, another starts, and finishes first."""
     genuine, inside = common.open_image, []
 
-    def open_image(path):
+    def open_image(path, *size):
         if path.match("train/cat/5.png") and not inside:
             inside.append(path)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(os, "getpid", lambda: 1)
                 load(folder, tmp_path)
-        return genuine(path)
+        return genuine(path, *size)
     monkeypatch.setattr(common, "open_image", open_image)
     data = load(folder, tmp_path)
     assert inside and len(list((tmp_path / "cache").iterdir())) == 2  # of training and test images
@@ -291,14 +300,15 @@ def test_left_and_right_arrows_are_told_apart_without_mirroring(folder, tmp_path
         image.paste("white", (0, 0, 16, 32) if path.parent.name == "cat" else (16, 0, 32, 32))
         image.save(path)
     for no_flip in (True, False):
-        data, args = load(folder, tmp_path, no_flip=no_flip), data_options(batch_size=15, epochs=9)
+        data, args = load(folder, tmp_path), data_options(
+            batch_size=15, epochs=9, no_flip=no_flip)
         right = torch.cat([(x[:, 0, 16, 24] > 0.5).long() == y for epoch in range(9)
                            for x, y in common.batches(data, args, epoch)]).float().mean()
         assert right == 1 if no_flip else 0.3 < right < 0.7
 
 
 # ----------------------------------------------------------------------------- layouts of a folder
-@pytest.mark.parametrize("name", ["test", "val", "validation"])
+@pytest.mark.parametrize("name", ["test", "val", "validation", "valid", "Testing"])
 def test_names_of_the_test_folder(folder, tmp_path, name):
     """Where there are several, the first of these. ImageNet's test/ is unlabelled."""
     if name == "test":
@@ -307,6 +317,8 @@ def test_names_of_the_test_folder(folder, tmp_path, name):
         (folder / "test").rename(folder / name)
         draw(folder / "test/ILSVRC2012_test_1.png", (7, 7, 7))
         draw(folder / "test/unknown/ILSVRC2012_test_2.png", (7, 7, 7))
+    if name == "Testing":
+        (folder / "train").rename(folder / "Training")
     draw(folder / name / "cat/0.png", (1, 2, 3))
     data = load(folder, tmp_path)
     assert len(data.train[1]) == 16 and data.test[1].tolist() == [0] * 4 + [1] * 4
@@ -326,6 +338,10 @@ def test_class_folders_alone(tmp_path, capsys):
     assert len(colours[0]) == 36 and len(colours[1]) == 6 and not colours[0] & colours[1]
     for x, y, *_ in (data.train, data.test):
         assert torch.equal(x[:, 0, 5, 5].long(), y)
+    draw(tmp_path / "numbers/2/new.png", (2, 99, 9))  # moves one of the others at most
+    common.list_folder.cache_clear()
+    more = {tuple(x.tolist()) for x in load(tmp_path / "numbers", tmp_path).test[0][:, :, 5, 5]}
+    assert len(more) == 7 and len(colours[1] & more) >= 5
 
 
 def test_tiny_imagenet(tmp_path):
@@ -339,7 +355,7 @@ def test_tiny_imagenet(tmp_path):
     (root / "val/val_annotations.txt").write_text("".join(
         f"val_{i}.JPEG\tn0{label}\t0\t0\t62\t62\n" for i, label in ((2, 2), (0, 1), (1, 2))))
     data = load("tiny-imagenet", tmp_path)
-    assert data.classes == ["n01", "n02"] and data.train[0].shape == (2, 3, 64, 64) and data.flip
+    assert data.classes == ["n01", "n02"] and data.train[0].shape == (2, 3, 64, 64)
     assert data.test[0][:, 2, 5, 5].tolist() == pytest.approx([200, 0, 100], abs=9)
     assert data.test[1].tolist() == [1, 0, 1]
 
@@ -363,18 +379,21 @@ def test_other_classes_in_train_and_test_are_refused(folder, refused):
     assert re.search(f"{folder}/test .*dog.*horse", refused(folder))
     shutil.rmtree(folder / "test/horse")
     assert "dog" in refused(folder)
+    shutil.rmtree(folder / "train/dog")  # one class, as where a folder is wrapped in another
+    assert "images of several classes" in refused(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", "cut short", "floating-point"])
+@pytest.mark.parametrize("content", [b"", b"<html>", "cut short", np.float32(0.5), np.int32(2**16)])
 def test_a_broken_image_is_named(folder, tmp_path, refused, content):
     path = folder / "train/dog/broken.tif"
-    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(path)
     if content == "cut short":
         path.write_bytes((folder / "train/dog/3.png").read_bytes()[:500])
-    elif content != "floating-point":
+    elif isinstance(content, bytes):
         path.write_bytes(content)
+    else:
+        Image.fromarray(np.full((32, 32), content)).save(path)
     message = refused(folder)
     assert f"{path} cannot be used" in message and "repair or remove it" in message
-    assert (content == "floating-point") == ("floating-point" in message)
+    assert isinstance(content, np.number) == ("no known range" in message)
     path.unlink()
     assert len(load(folder, tmp_path).train[1]) == 16

@@ -176,7 +176,7 @@ def test_gradalign_leaves_out_images_without_gradient(smooth, images):
 
 def test_fast_at_plus_notices_a_collapse(smooth, monkeypatch):
     """By 10 points below the best epoch or, if that is little, half of it."""
-    data = common.Data(None, (torch.zeros(300, 3, 8, 8), torch.zeros(300)), None, [], False)
+    data = common.Data(None, (torch.zeros(300, 3, 8, 8), torch.zeros(300)), None, [])
     run, seen = argparse.Namespace(args=settings(fast_at)), []
     for now, epochs, expected in ((41, [], False), (41, [50, 30], False), (41, [30, 52, 20], True),
                                   (5, [12, 11], True), (5, [9], False)):

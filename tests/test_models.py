@@ -143,7 +143,7 @@ def test_normalisation_is_inside_and_that_of_the_training_images():
     torch.manual_seed(0)
     x = (torch.rand(40, 3, 32, 32) * torch.tensor([100, 200, 255]).view(3, 1, 1)).byte()
     x[30:] = 255  # held out
-    data = common.Data((x, torch.zeros(40), torch.arange(30)), None, None, ["a", "b"], False)
+    data = common.Data((x, torch.zeros(40), torch.arange(30)), None, None, ["a", "b"])
     model = common.prepare_model(data_options(
         arch="resnet10", width=16, activation="relu", precision="fp32", compile=False), data).eval()
     train = x[:30].double() / 255

@@ -86,10 +86,8 @@ def test_a_run_folder_holds_all_it_should(script, drawn, tmp_path):
     best, last = result["best"], result["last"]
     assert last["epoch"] == 2 and result["n_test"] == 40
     assert best["val_pgd"] == max(float(row["val_pgd"]) for row in rows)
-    for key, value in result["difference"].items():
-        assert value == pytest.approx(best[key] - last[key])
     for line in (".*64 training, 20 held-out, 40 test images", r" +2 +0\.\d+ +\d", r"best +\d",
-                 "last +2 ", "difference +"):
+                 "last +2 ", rf"difference +{best['test_clean'] - last['test_clean']:.2f} "):
         assert re.search(f"^{line}", out, re.M), line
 
     # What it says can be computed from best.pt alone.
@@ -116,18 +114,17 @@ def test_no_run_is_overwritten_and_the_same_seed_gives_the_same_weights(script, 
         found.append(weights(tmp_path / folder / "last.pt"))
     assert equal(found[0], found[1]) and not equal(found[0], found[2])
     with ThreadPoolExecutor(8) as pool:  # as many at once
-        args = fast_at.parse_args(TINY)
-        assert set(pool.map(lambda _: common.claim_folder(args), range(8))) == {
-            f"{name}0-{i}" for i in range(3, 11)}
+        claim = functools.partial(common.claim_folder, None, f"{name[5:]}0")
+        assert set(pool.map(claim, ["args.json"] * 8)) == {f"{name}0-{i}" for i in range(3, 11)}
     outcome = script(fast_at, *TINY, "--out", f"{name}0")
-    one_line(outcome, "holds a run: choose another --out.*--resume")
+    one_line(outcome, "holds args.json: choose another --out.*--resume")
     assert equal(weights(tmp_path / f"{name}0/last.pt"), found[0])
 
 
 @pytest.mark.parametrize("steps, held_out, test, best, warning", [
     (1, [(90, 60), (80, 50)], 60, 1, None), (1, [(90, 50), (80, 60)], 60, 2, None),
     (1, [(90, 60), (90, 30)], 60, 1, "catastrophic overfitting"),
-    (1, [(90, 60), (90, 60)], 11, None, "hardly more than chance"),
+    (1, [(90, 50), (90, 60)], 11, None, "best.pt is hardly better than chance"),
     (0, [(50, 2), (60, 1)], 60, 2, None)])  # no epoch of standard training is robust
 def test_choice_of_best_on_held_out_images_and_warnings(monkeypatch, script, tmp_path, steps,
                                                         held_out, test, best, warning):
@@ -164,7 +161,7 @@ SMOKE = [  # every option of every script, with a value that is not its default
     (fast_at, "--init noise --attack-bn eval --precision fp16 --train-size 4 --batch-size 4"),
     (fast_at, "--seed 2 --device cpu --width 24 --lr 0.05 --lr-schedule cosine --weight-decay 0"),
     (trades, "--steps 2 --alpha 3 --init uniform --beta 2 --norm l2 --eps 128 --attack-bn train"),
-    (trades, "--steps 1 --data-dir elsewhere"),
+    (trades, "--steps 1 --data-dir elsewhere --label-noise 0.2"),
     (backward_smoothing, "--gamma 2 --beta 5 --alpha 6 --random-points 3 --attack-bn train"),
     (backward_smoothing, "--alone --precision bf16 --arch vgg16"),
     (backward_smoothing, "--objective ce --arch wrn-16-8 --width 16"),
@@ -188,7 +185,7 @@ def test_every_script_runs_with_its_options(script, tmp_path, monkeypatch, modul
     for path in (tmp_path / "run").glob("*.pt"):
         assert all(value.isfinite().all() for value in weights(path).values())
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["args"]["method"] == module.__name__ and 0 <= result["last"]["test_pgd"] <= 100
+    assert "args" not in result and 0 <= result["last"]["test_pgd"] <= 100
 
 
 def test_the_smoke_runs_leave_no_option_out():
@@ -237,8 +234,10 @@ def test_the_defaults_of_shapes(capsys, monkeypatch, tmp_path):
     assert found[1] == ["resnet18", "None", "100", "128"]
     args = fast_at.parse_args(["--dataset", "shapes", "--epochs", "9"])
     assert (args.epochs, args.width) == (9, small["width"])
+    assert args.no_flip and fast_at.parse_args(["--dataset", "svhn"]).no_flip
     for name in ("cifar-10", "CIFAR10"):
-        assert fast_at.parse_args(["--dataset", name]).dataset == "cifar10"
+        other = fast_at.parse_args(["--dataset", name])
+        assert other.dataset == "cifar10" and not other.no_flip
     for eps in ("8", "8/255", "8.0"):
         assert fast_at.parse_args(["--eps", eps]).eps == 8 / 255
 
@@ -270,7 +269,7 @@ def test_sizes():
     for module in SCRIPTS:
         assert len(lines[Path(module.__file__)]) <= 195, module
     assert len(lines[ROOT / "common.py"]) <= 800
-    assert len(lines[ROOT / "evaluate.py"]) <= 880
+    assert len(lines[ROOT / "evaluate.py"]) <= 870
     assert sum(len(text) for path, text in lines.items() if path.parent != ROOT) <= 3300
     for path, text in lines.items():
         assert not [number for number, line in enumerate(text, 1) if len(line) > 100], path
@@ -297,11 +296,12 @@ def test_each_script_runs_in_a_folder_with_common_alone(tmp_path):
     words = [*TINY, *"--epochs 1 --train-size 16 --test-size 10 --out là".split()]
     done = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, text=True,
                           capture_output=True, env=os.environ | dict(
-                              RANK="1", WORLD_SIZE="4", LOCAL_RANK="1", PYTHONIOENCODING="ascii"))
+                              PYTHONIOENCODING="ascii", TORCHELASTIC_RUN_ID="x", RANK="1",
+                              WORLD_SIZE="4"))
     assert done.returncode == 0, done.stderr
     for name in (module.__name__ for module in SCRIPTS):
         result = json.loads((tmp_path / name / "là/result.json").read_text())
-        assert result["args"]["method"] == name
+        assert result["n_test"] == 10
 
 
 # -------------------------------------------------------------------------- kd_swa and its teachers
@@ -312,7 +312,7 @@ def test_kd_swa_saves_and_evaluates_the_plain_and_the_averaged_network(script, t
     status, out, err = script(kd_swa, *KD, "--out", "run", "--epochs", 4, "--keep-epochs")
     assert status == 0, err
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert {"best", "last", "difference", "swa_best", "swa_last", "swa_difference"} <= result.keys()
+    assert {"best", "last", "swa_best", "swa_last"} <= result.keys()
     rows = list(csv.DictReader((tmp_path / "run/log.csv").open()))
     found = [float(row["swa_val_pgd"]) for row in rows if row.get("swa_val_pgd")]
     assert len(found) == 2 and not rows[0].get("swa_val_pgd")  # from half-way on
@@ -343,7 +343,7 @@ def test_kd_swa_resumes_in_the_right_phase(script, tmp_path, monkeypatch):
     script(kd_swa, *options, "whole")
     for moment in (1, 2, 5):
         outcome = interrupted(monkeypatch, script, moment, kd_swa, *options, f"run{moment}")
-        one_line(outcome, rf"interrupted; .*--resume --out run{moment}$")
+        one_line(outcome, "interrupted; .*--resume to the same command$")
         status, out, err = script(kd_swa, "--resume", "--out", f"run{moment}")
         assert status == 0, err
         assert out.count("first the") == max(0, 3 - moment)  # a finished teacher stays as it is
@@ -365,10 +365,10 @@ def test_a_run_is_resumed_with_its_own_settings(script, tmp_path, monkeypatch):
     script(fast_at, *options, "--out", "whole")
     outcome = interrupted(monkeypatch, script, 2, fast_at, *options)
     name = "runs/fast_at-shapes-resnet10-eps8-seed3"
-    one_line(outcome, f"interrupted; to continue, add --resume --out {name}$")
+    one_line(outcome, "interrupted; to continue, add --resume to the same command$")
     shutil.copytree(tmp_path / name, tmp_path / "again")
     resume = ["--resume", "--out", name]
-    one_line(script(fast_at, *resume, "--lr", 0.2), "--lr was 0.05 .*leave it out")
+    one_line(script(fast_at, *resume, "--lr", 0.2), "--lr is another one in .*leave it out")
     one_line(script(trades, *resume), f"no run of trades.py to resume in {name}")
     one_line(script(trades, "--resume"), "no run of trades.py to resume in runs")
     for more in ([], ["--out", "again/", "--lr", 0.05, "--eps", 8]):  # at first the newest run
@@ -387,8 +387,8 @@ def test_a_run_goes_on_with_more_epochs_and_with_the_data_at_another_path(script
     script(fast_at, *options, "run", "--epochs", 1)
     folder.rename(tmp_path / "moved")
     one_line(script(fast_at, "--resume", "--out", "run"), "pets is not a folder")
-    status, _, err = script(fast_at, *"--resume --out run --epochs 2 --dataset moved".split())
-    assert status == 0, err
+    status, out, err = script(fast_at, *"--resume --out run --epochs 2 --dataset moved".split())
+    assert status == 0 and "as in a run of 2 epochs" in out, err
     assert equal(weights(tmp_path / "run/last.pt"), weights(tmp_path / "whole/last.pt"))
     for part in ("train", "test"):
         (tmp_path / "moved" / part / "cat").rename(tmp_path / "moved" / part / "mouse")
@@ -503,10 +503,9 @@ BAD = [
     (fast_at, "--device cuda", "no cuda on this machine"),
     (fast_at, "--init normal", "--init.*uniform"), (fast_at, "--init noise --steps 2", "N-FGSM"),
     (fast_at, "--grad-align 1 --compile", "--grad-align.*--compile"),
-    (fast_at, "--resume", "no run of fast_at.py to resume"),
+    (fast_at, "--resume", "no run of fast_at.py to resume"), (trades, "--steps 0", "--steps"),
     (fast_at, "--resume --out none", "no run of fast_at.py to resume in none"),
-    (trades, "--steps 0", "--steps"), (trades, "--beta inf", "--beta"),
-    (backward_smoothing, "--random-points 0", "--random-points"),
+    (trades, "--beta inf", "--beta"), (backward_smoothing, "--random-points 0", "--random-points"),
     (fast_bat, "--norm l2", "--norm: Fast-BAT is defined for linf"),
     (fast_bat, "--compile", "Fast-BAT.*--compile"),
     (kd_swa, "--lambda1 0.7 --lambda2 0.7", "--lambda1 and --lambda2 add up to more than 1"),
@@ -569,6 +568,8 @@ def test_the_readmes_commands_are_valid(monkeypatch, tmp_path, folder):
                 shutil.copytree(folder, tmp_path / value, dirs_exist_ok=True)
         module = {f"{m.__name__}.py": m for m in (*SCRIPTS, evaluate)}[name]
         module.parse_args(words or ["some.pt"] * (module is evaluate))
+    for part in BLOCKS[0].strip().replace("&&", "\n").splitlines():
+        assert part.strip() in (ROOT / ".ci/run").read_text()
     assert len(calls) >= 12 and {call.split(".")[0] for call in calls} == {
         "evaluate", *(module.__name__ for module in SCRIPTS)}
 
@@ -578,13 +579,6 @@ def test_the_readmes_options_exist():
              for option in re.findall(r'"(--[a-z][a-z0-9-]+)"', path.read_text())}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", README))
     assert len(known) > 60 and not named - known - {"--nproc_per_node", "--help"}
-
-
-def test_ci_runs_the_readmes_two_commands():
-    ci, first = (ROOT / ".ci/run").read_text(), BLOCKS[0].strip().splitlines()
-    for part in (part.strip() for line in first for part in line.split("&&")):
-        assert part in ci
-    assert "backward_smoothing.py --eps 8 --dataset shapes" in first[0] and "pytest" in first[1]
 
 
 if __name__ == "__main__":  # one of torchrun's processes
