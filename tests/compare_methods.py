@@ -3,7 +3,6 @@
     python tests/compare_methods.py                          all methods on CIFAR-10, seeds 0 to 2
     python tests/compare_methods.py --group equal-time       four of them, as many epochs as fit
     python tests/compare_methods.py --group collapse         FGSM and its remedies at eps 16
-    python tests/compare_methods.py --group overfitting      PGD-AT and KD-SWA on few images
     python tests/compare_methods.py --markdown               the tables of all lines, and no runs
 
 Every run is a process with one thread, --jobs of them at a time. A run that has its line in the
@@ -32,7 +31,6 @@ from evaluate import table
 SETTING = "--arch resnet10 --width 16 --test-size 1000"
 LARGE = f"{SETTING} --train-size 10000 --val-size 1000 --batch-size 128 --lr-schedule cyclic"
 SMALL = f"{SETTING} --train-size 5000 --val-size 500 --batch-size 64 --lr-schedule cyclic"
-FEW = f"{SETTING} --train-size 1000 --val-size 500 --batch-size 64 --lr-schedule piecewise"
 ALL = {name: (module.__name__, options) for name, (module, options, _) in METHODS.items()}
 GROUPS = {  # options of the group; its methods: script, and options of its own
     "table": (f"{LARGE} --eps 8 --lr 0.2 --epochs 15", ALL),
@@ -47,8 +45,6 @@ GROUPS = {  # options of the group; its methods: script, and options of its own
         **{name: ALL[name] for name in ("Fast AT", "N-FGSM", "Backward Smoothing", "Fast TRADES",
                                         "Fast-BAT")},
         "GradAlign": ("fast_at", "--init zero --grad-align 2")}),
-    "overfitting": (f"{FEW} --eps 8 --lr 0.1 --epochs 60 --milestones 0.5 0.75", {
-        name: ALL[name] for name in ("PGD-10-AT", "KD-SWA")}),
 }
 FIELDS = dict(clean="clean %", pgd20="PGD-20 %", pgd50_10="PGD-50-10 %", aa_lite="AA-lite %")
 
