@@ -679,8 +679,9 @@ class Run:
             dist.broadcast_object_list(folder)
         args.out, self.folder, self.args, self.data = folder[0], Path(folder[0]), args, data
         self.epoch, self.rows, self.state, self.saved = 0, [], {}, {}
+        fits = max(args.batch_size, 128 * 32**2 // data.test[0][0, 0].numel())  # on a GPU
         self.accuracy = functools.partial(accuracy, eps=args.eps, norm=args.norm, batch_size=(
-            args.batch_size if args.device == "cuda" else None))  # what fits into its memory
+            fits if args.device == "cuda" else None))
         self.steps, self.models = n // args.batch_size, {"": model}  # networks by their file prefix
         if args.resume and (self.folder / "last.pt").exists():
             last = load(self.folder / "last.pt", args.device)
