@@ -100,8 +100,6 @@ class Checkpoint:
         self.model = model = load_network(content, path, self.classes).to(args.device)
         self.norm = args.norm or self.trained["norm"]
         self.eps = self.trained["eps"] if args.eps is None else args.eps  # for images in [0, 1]
-        if args.eps is None and self.norm != self.trained["norm"]:
-            common.fail(f"{path} was not trained for the norm {self.norm}: add --eps")
         self.about = dict(checkpoint=path, dataset=Path(dataset).name, arch=model.options["arch"],
                           normalisation=content.get("normalisation", "of the run"))
         self.name = "/".join(Path(path).with_suffix("").parts[-2:])  # in plots, and over epochs:
@@ -130,7 +128,8 @@ class Checkpoint:
         index = (torch.ones_like(self.y) if mask is None else mask).nonzero()[:, 0]
         size = self.args.batch_size or max(1, 64 * 32**2 // self.x[0, 0].numel())
         with common.exact(self.model) as model:
-            for part in common.progress(index.split(size), f"{self.path}, batch"):
+            parts = index.split(size) if len(index) else []
+            for part in common.progress(parts, f"{self.path}, batch"):
                 few = self.take(part)
                 yield model, part, few.x.to(part.device) / 255, few.y
 
@@ -244,6 +243,8 @@ def convert_foreign(content, path, args):
         mean, std, normalisation = args.mean, args.std, "as given"
     elif len(held) == 2:
         mean, std, normalisation = held["mean"], held["std"], "of the checkpoint"
+    elif held:
+        common.fail(f"{path} holds {' and '.join(held)} alone: add --mean and --std")
     mean, std = torch.tensor([mean, std]).view(2, 3, 1, 1)
     large = "conv1.weight" in weights and weights["conv1.weight"].shape[-1] == 7  # ImageNet's stem
     bias = weights.get("linear.bias", weights.get("classifier.bias", mean))
@@ -425,7 +426,8 @@ def rays(model, x, y, *, queries=5000):
     just behind the boundary, however far away, and x itself where none was found."""
     def is_fooled(index, signs, radius):
         point = x[index] + radius.view(-1, 1, 1, 1) * signs.view(-1, *x.shape[1:])
-        return model(point.clamp(0, 1)).argmax(1) != y[index]
+        logits = model(point.clamp(0, 1))
+        return (logits.argmax(1) != y[index]) & logits.isfinite().all(1)
 
     x, n, size = x.detach(), len(x), x[0].numel()
     signs, radius = x.new_ones(n, size), x.new_full((n,), math.inf)
@@ -459,6 +461,8 @@ def attacks(checkpoint, surrogates):
     x_adv). Each has noise of its own, so that it does not matter which others there are."""
     def transfer(model, x, y, surrogate):
         with common.exact(surrogate.model) as source:
+            if not source(x).isfinite().all():
+                common.fail(f"{surrogate.path}: the network's logits are not finite")
             return pgd()(source, x, y)
 
     args, noise, partial = checkpoint.args, checkpoint.noise, functools.partial
@@ -481,17 +485,19 @@ def percent(mask):
     return 100 * mask.sum().item() / len(mask)
 
 
-def distance_to_fool(checkpoint, attack, order, correct):
-    """How far an attack without eps moves each image to fool the model, in a norm of this order, N:
-    0 where it is not `correct` without an attack, infinity where the attack fails."""
-    distance = torch.zeros(len(correct), device=correct.device)
+def distance_to_fool(checkpoint, attack, correct):
+    """How far an attack without eps moves each image to fool the model, in both norms, each N: 0
+    where it is not `correct` without an attack, infinity where the attack fails."""
+    distances = {"l2": torch.zeros(len(correct), device=correct.device)}
+    distances["linf"] = distances["l2"].clone()
     for model, index, x, y in checkpoint.batches(correct):
         x_adv = attack(model, x, y)
         with torch.no_grad():
             fooled = model(x_adv).argmax(1) != y
-        moved = torch.linalg.vector_norm(x_adv - x, order, dim=(1, 2, 3))
-        distance[index] = moved.masked_fill(~fooled, math.inf)
-    return distance
+        for distance, order in zip(distances.values(), (2, math.inf)):
+            moved = torch.linalg.vector_norm(x_adv - x, order, dim=(1, 2, 3))
+            distance[index] = moved.masked_fill(~fooled, math.inf)
+    return distances
 
 
 def inspect(checkpoint, clean):
@@ -534,16 +540,15 @@ def evaluate(checkpoint, surrogates):
         kept[name] = checkpoint.withstand(parts, column)
         row[f"{column} %"] = percent(kept[name])
     if "cw" in args.attack:
-        distance = distance_to_fool(checkpoint, cw_l2, 2, correct)
+        distance = distance_to_fool(checkpoint, cw_l2, correct)["l2"]
         row["CW-L2 %"] = percent(distance == math.inf)
         row["CW-L2 mean distance"] = mean(distance[correct])
     if "rays" in args.attack:
         attack = functools.partial(rays, queries=args.queries)
-        distance = distance_to_fool(checkpoint, attack, math.inf, correct)
-        row["ADBD"] = mean(distance)
-        if checkpoint.norm == "linf":
-            kept["rays"] = distance > checkpoint.eps
-            row[f"RayS-{args.queries} %"] = percent(kept["rays"])
+        distances = distance_to_fool(checkpoint, attack, correct)
+        row["ADBD"] = mean(distances["linf"])
+        kept["rays"] = distances[checkpoint.norm] > checkpoint.eps
+        row[f"RayS-{args.queries} %"] = percent(kept["rays"])
     kept["worst case"] = torch.stack(list(kept.values())).all(0)
     if len(kept) > 3:
         row["worst case %"] = percent(kept["worst case"])
@@ -808,6 +813,9 @@ def main(args):
 
     checkpoints, surrogates = ([Checkpoint(path, args) for path in paths]
                                for paths in (args.checkpoints, args.surrogate))
+    for checkpoint in checkpoints:
+        if args.eps is None and checkpoint.norm != checkpoint.trained["norm"]:
+            common.fail(f"{checkpoint.path} was trained for another norm: add --eps")
     for surrogate in surrogates:
         if any(surrogate.classes != checkpoint.classes for checkpoint in checkpoints):
             common.fail(f"{surrogate.path} cannot be a surrogate: it knows other classes")

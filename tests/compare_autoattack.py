@@ -3,8 +3,7 @@
     pip install pyautoattack
     python tests/compare_autoattack.py runs/.../best.pt --n-examples 500
 
-Both attack the same network in fp32, the same test images and take the same number of iterations:
-AutoAttack-lite as evaluate.py runs it, and the reference's APGD-CE and APGD-T. Not for pytest.
+Both attack the same network and images in fp32, the reference by APGD-CE and APGD-T.
 """
 
 import sys

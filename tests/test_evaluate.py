@@ -169,7 +169,7 @@ def test_eps_0_is_0(run, ours):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--norm", "l2"], "was not trained for the norm l2: add --eps"),
+    (["--norm", "l2"], "was trained for another norm: add --eps"),
     (["--mean", 125.3, 123, 113.9, "--std", 63, 62, 66], "divide by 255"),
     (["--mean", 0.5, 0.5, 0.5], "--mean and --std go together"),
     (["--restarts", 0], "--restarts"), (["--n-examples", -5], "--n-examples"),
@@ -306,11 +306,12 @@ def test_zero_gradients_are_noticed(run, ours, tmp_path):
     assert result["rows"][0]["zero gradients %"] < 1 < result["rows"][1]["zero gradients %"]
 
 
-def test_networks_that_are_not_finite_are_refused_by_name(run, tmp_path, capsys):
+def test_networks_that_are_not_finite_are_refused_by_name(run, ours, tmp_path, capsys):
     model = some_network()
     model.linear.bias.data[0] = math.nan
     save(tmp_path / "nan.pt", model)
     assert "nan.pt" in run("nan.pt", *FAST, fails=True)
+    assert "nan.pt" in run(ours, "--surrogate", "nan.pt", *FAST, fails=True)
     with pytest.raises(SystemExit):
         evaluate.evaluate(checkpoint_of(*plane(kind="broken")), [])
     assert "x.pt: the input gradients are not finite" in capsys.readouterr().err
@@ -393,8 +394,12 @@ def test_distances():
                            "--attack", "rays", "cw", "--queries", 20)
     row, _ = evaluate.evaluate(robust, [])
     assert row["CW-L2 mean distance"] is None and row["ADBD"] is None
-    assert row["CW-L2 %"] == row["RayS-20 %"] == 100
-    assert "None" not in evaluate.table([row])
+    assert row["CW-L2 %"] == row["RayS-20 %"] == 100 and "None" not in evaluate.table([row])
+    some.norm, some.eps = "l2", 4 * some.eps  # RayS counts in the norm of the checkpoint
+    row, kept = evaluate.evaluate(some, [])
+    assert 0 < row["RayS-300 %"] < 100 and torch.equal(kept["worst case"], kept["rays"])
+    some.y = 1 - model(some.x / 255).argmax(1)  # none is right
+    assert evaluate.evaluate(some, [])[0]["RayS-300 %"] == 0
 
 
 def test_cw_finds_the_closest_point_behind_the_boundary():
@@ -614,6 +619,7 @@ def written(kind):
         "compiled": prefixed("_orig_mod.network.", model),
         "student": {"student": {"state": model.state_dict()}, "n_averaged": 3},
         "AveragedModel": {"ema": torch.optim.swa_utils.AveragedModel(model).state_dict()},
+        "half": {"model_state_dict": state},
         "old": {name: value for name, value in state.items() if "num_batches" not in name},
     }.get(kind, state)
 
