@@ -32,7 +32,7 @@ def reference(model, x, y, eps, norm):
 def main():
     args = evaluate.parse_args()
     checkpoint = evaluate.Checkpoint(args.checkpoints[0], args)
-    _, (lite, ) = evaluate.attacks(checkpoint, [])["lite"]
+    _, (lite, ) = evaluate.chosen_attacks(checkpoint, [])["lite"]
     with common.exact(checkpoint.model) as model:
         for name, withstand in (
                 ("AutoAttack-lite", lambda: checkpoint.withstand([lite], "lite")),

@@ -11,8 +11,8 @@ import torchvision
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
+import attacks
 import common
-import evaluate
 import fast_at
 import fast_bat
 import kd_swa
@@ -35,8 +35,8 @@ ATTACKS = {  # (model, x, y, bn) -> x_adv
     "corner": lambda m, x, y, bn: fast_bat.fast_bat(m, x, y, EPS, 255 / 5000, "corner", bn)[0],
     "kd_swa": lambda m, x, y, bn: kd_swa.attack(m, x, y, argparse.Namespace(
         attack="trades", steps=2, eps=EPS, alpha=EPS, norm="linf", attack_bn=bn)),
-    "lite": lambda m, x, y, bn: evaluate.autoattack_lite(m, x, y, EPS, steps=5),
-    "lite l2": lambda m, x, y, bn: evaluate.autoattack_lite(m, x, y, EPS, norm="l2", steps=5),
+    "lite": lambda m, x, y, bn: attacks.autoattack_lite(m, x, y, EPS, steps=5),
+    "lite l2": lambda m, x, y, bn: attacks.autoattack_lite(m, x, y, EPS, norm="l2", steps=5),
 }
 
 
@@ -156,8 +156,8 @@ def test_a_compiled_network_gets_no_gradients_of_its_weights_in_attacks(model, b
 
 def test_the_other_attacks_return_no_graph_either():
     model, x, y = network_and_images("bn1d")
-    for attack, options in ((evaluate.square, dict(eps=EPS, queries=3)),
-                            (evaluate.cw_l2, dict(steps=2)), (evaluate.rays, dict(queries=9))):
+    for attack, options in ((attacks.square, dict(eps=EPS, queries=3)),
+                            (attacks.cw_l2, dict(steps=2)), (attacks.rays, dict(queries=9))):
         assert not attack(model, x.requires_grad_(), y, **options).requires_grad and x.grad is None
 
 
@@ -197,7 +197,7 @@ def test_eps_0_gives_the_image_itself(norm):
     for x_adv in (common.project(torch.rand_like(x), x, 0, norm), common.random_start(x, 0, norm),
                   common.pgd_attack(model, x, y, 0, 0, 3, norm=norm),
                   common.pgd_attack(model, x, y, 0, 0.1, 3, norm=norm, start="zero"),
-                  evaluate.autoattack_lite(model, x, y, 0, norm=norm, steps=5)):
+                  attacks.autoattack_lite(model, x, y, 0, norm=norm, steps=5)):
         assert torch.equal(x_adv, x)
 
 
@@ -231,10 +231,10 @@ class Brightness(nn.Module):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("classes, attack, options", [
-    (2, common.pgd_attack, dict(alpha=0.025, steps=40)), (2, evaluate.apgd_attack, {}),
-    (2, common.pgd_attack, dict(alpha=0.025, steps=40, loss=evaluate.margin)),
-    (2, evaluate.apgd_attack, dict(target=torch.zeros(4).long())),
-    (5, evaluate.apgd_attack, dict(target=torch.zeros(4).long()))])
+    (2, common.pgd_attack, dict(alpha=0.025, steps=40)), (2, attacks.apgd_attack, {}),
+    (2, common.pgd_attack, dict(alpha=0.025, steps=40, loss=attacks.margin)),
+    (2, attacks.apgd_attack, dict(target=torch.zeros(4).long())),
+    (5, attacks.apgd_attack, dict(target=torch.zeros(4).long()))])
 def test_attacks_reach_the_closed_form_on_a_linear_model(norm, classes, attack, options):
     """The labels are so sure that nothing is fooled: the end is a corner or pole of the ball."""
     torch.manual_seed(0)
@@ -356,7 +356,7 @@ def test_auto_pgd_is_algorithm_1(norm, eps, targeted):
     model, x, y = Wavy().double(), torch.rand(16, 3, 5, 5).double(), torch.zeros(16).long()
     target = torch.arange(16) % 3 + 1
     for steps in (1, 5, 10, 20, 100):
-        x_adv = evaluate.apgd_attack(model, x, y, eps, steps, norm=norm, generator=torch.Generator()
+        x_adv = attacks.apgd_attack(model, x, y, eps, steps, norm=norm, generator=torch.Generator()
                                      .manual_seed(steps), target=target if targeted else None)
         start = common.random_start(x, eps, norm, torch.Generator().manual_seed(steps))
         for i in range(len(x)):
@@ -380,9 +380,9 @@ def test_autoattack_lite_finds_what_there_is_to_find(classes):
     x, y = greys(0.3, 0.51, 0.54, 0.56, 0.8)
     model = Brightness(classes, 1e5)
     for norm, eps in (("linf", 0.05), ("l2", 0.05 * math.sqrt(192))):
-        ce = evaluate.apgd_attack(model, x, y, eps, 10, norm=norm)
+        ce = attacks.apgd_attack(model, x, y, eps, 10, norm=norm)
         assert (model(ce).argmax(1) == y).tolist() == [False] + [True] * 4
-        x_adv = evaluate.autoattack_lite(model, x, y, eps, norm=norm, steps=10)
+        x_adv = attacks.autoattack_lite(model, x, y, eps, norm=norm, steps=10)
         assert (model(x_adv).argmax(1) == y).tolist() == [False, False, False, True, True]
         assert torch.equal(x_adv[0], x[0])
 
@@ -396,10 +396,10 @@ def test_autoattack_lite_aims_at_nine_classes_and_leaves_what_is_fooled(monkeypa
         x_adv = x.clone()
         x_adv[0] = 0.125 if len(aims) in (1, 3) else x_adv[0]  # fools the first and the third time
         return x_adv
-    monkeypatch.setattr(evaluate, "apgd_attack", attack)
+    monkeypatch.setattr(attacks, "apgd_attack", attack)
     model = Brightness()  # says 11 where an image is brighter than 0.2, else 0
     model.forward = lambda x: torch.arange(12.0) + 20 * (x[:, :1, 0, 0] < 0.2) * torch.eye(12)[0]
-    x_adv = evaluate.autoattack_lite(model, greys(0.25, 0.5, 0.75, 1)[0], labels, 0.1)
+    x_adv = attacks.autoattack_lite(model, greys(0.25, 0.5, 0.75, 1)[0], labels, 0.1)
     assert aims == [([0.25, 0.5, 0.75], None), ([0.5, 0.75], [10] * 2), ([0.5, 0.75], [9] * 2)] + [
         ([0.75], [label]) for label in range(8, 1, -1)]
     assert x_adv[:, 0, 0, 0].tolist() == [0.125, 0.125, 0.75, 1]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+import attacks
 import common
 import evaluate
 
@@ -329,7 +330,7 @@ def test_square_fools_within_eps_and_without_a_gradient(monkeypatch, norm, eps):
     model.register_forward_hook(lambda *args: seen.append(torch.is_grad_enabled()))
     for queries in (1, 20, 300):
         seen.clear()
-        x_adv = evaluate.square(model, x, y, eps, norm=norm, queries=queries,
+        x_adv = attacks.square(model, x, y, eps, norm=norm, queries=queries,
                                 generator=torch.Generator().manual_seed(0))
         assert len(seen) <= queries and not any(seen)
         distance = (x_adv - x).flatten(1).norm(math.inf if norm == "linf" else 2, dim=1)
@@ -345,7 +346,7 @@ def test_a_tie_is_not_fooled():
         return torch.stack([x.mean((1, 2, 3)) * 0, x.mean((1, 2, 3)) * 0], 1)
     calls, module = [], nn.Module()
     module.forward = model
-    evaluate.square(module, torch.rand(3, 3, 8, 8), torch.zeros(3).long(), 0.1, queries=5)
+    attacks.square(module, torch.rand(3, 3, 8, 8), torch.zeros(3).long(), 0.1, queries=5)
     assert calls == [3] * 5
 
 
@@ -357,7 +358,7 @@ def test_rays_finds_the_boundary_without_a_gradient(monkeypatch):
     exact = (x.flatten(1) @ w).abs() / w.abs().sum()
     no_gradient(monkeypatch)
     near = exact < 0.3  # beyond, the bounds of [0, 1] get in the way
-    few, many = ((evaluate.rays(model, x, y, queries=n) - x).flatten(1).norm(math.inf, dim=1)[near]
+    few, many = ((attacks.rays(model, x, y, queries=n) - x).flatten(1).norm(math.inf, dim=1)[near]
                  for n in (30, 400))
     assert near.sum() > 5 and (many >= exact[near] - 1e-6).all()
     assert (many <= few + 1e-6).all() and many.mean() < few.mean()
@@ -368,11 +369,11 @@ def test_rays_does_not_depend_on_the_batch_and_leaves_what_it_cannot_fool():
     model, x, y = plane(12, classes=3, size=4)
     x, y[3] = x / 255, 1
     model.weight.data[2] = -100  # never the answer
-    whole = evaluate.rays(model, x, y, queries=60)
-    parts = [evaluate.rays(model, *part, queries=60) for part in zip(x.split(1), y.split(1))]
+    whole = attacks.rays(model, x, y, queries=60)
+    parts = [attacks.rays(model, *part, queries=60) for part in zip(x.split(1), y.split(1))]
     assert torch.allclose(whole, torch.cat(parts), atol=1e-6)
     constant = Plane(torch.zeros(2, 48))
-    assert torch.equal(evaluate.rays(constant, x, torch.zeros(12).long(), queries=60), x)
+    assert torch.equal(attacks.rays(constant, x, torch.zeros(12).long(), queries=60), x)
 
 
 def test_distances():
@@ -408,7 +409,7 @@ def test_cw_finds_the_closest_point_behind_the_boundary():
     w = (model.weight[1] - model.weight[0]).detach()
     exact = (x.flatten(1) @ w).abs() / w.norm()
     near = exact < 0.3  # with a constant of 0.1 the attack lets go of what is farther away
-    x_adv = evaluate.cw_l2(model, x[near], y[near])
+    x_adv = attacks.cw_l2(model, x[near], y[near])
     assert near.sum() > 3 and (model(x_adv).argmax(1) != y[near]).all()
     distance = (x_adv - x[near]).flatten(1).norm(dim=1)
     assert (distance >= exact[near] - 1e-5).all() and (distance < 1.3 * exact[near] + 0.02).all()
@@ -484,7 +485,7 @@ def test_the_largest_eigenvalue_is_that_of_the_hessian():
     """Cross-entropy on a plane: H = W^T (diag(p) - p p^T) W, whose eigenvalues are known."""
     model, x, y = plane(4, size=2)
     model, x = model.double(), x.double() / 255
-    found = evaluate.largest_eigenvalue(model, x, y, 200)
+    found = attacks.largest_eigenvalue(model, x, y, 200)
     for value, p in zip(found, model(x).softmax(1)):
         hessian = model.weight.T @ (p.diag() - p[:, None] * p) @ model.weight
         assert value.item() == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-3)

@@ -268,15 +268,14 @@ def test_sizes():
              if path.parent in (ROOT, ROOT / "tests")}
     for module in SCRIPTS:
         assert len(lines[Path(module.__file__)]) <= 195, module
-    assert len(lines[ROOT / "common.py"]) <= 800
-    assert len(lines[ROOT / "evaluate.py"]) <= 880
+    assert len(lines[ROOT / "common.py"]) <= 800 and len(lines[ROOT / "evaluate.py"]) <= 660
     assert sum(len(text) for path, text in lines.items() if path.parent != ROOT) <= 3300
     for path, text in lines.items():
         assert not [number for number, line in enumerate(text, 1) if len(line) > 100], path
     readme = (ROOT / "README.md").read_bytes()
     assert readme.count(b"\n") <= 260 and len(readme) <= 16 * 1024
     assert {path.stem for path in ROOT.glob("*.py")} == {
-        "common", "evaluate", *(module.__name__ for module in SCRIPTS)}
+        "attacks", "common", "evaluate", *(module.__name__ for module in SCRIPTS)}
 
 
 def test_each_script_runs_in_a_folder_with_common_alone(tmp_path):
