@@ -130,7 +130,7 @@ def parse(parser, argv=None):
     args = parser.parse_args(words)
     for name in saved.keys() - {"dataset", "data_dir", "device", "epochs", "keep_epochs"}:
         if vars(args)[name] != saved[name]:
-            fail(f"--{name.replace('_', '-')} is another one in {args.out}/args.json: leave it out")
+            fail(f"--{name.replace('_', '-')} differs from {args.out}/args.json: leave it out")
     args.device = device
     if args.precision == "auto":
         native = (torch.cuda.is_bf16_supported(False) if args.device == "cuda" else
@@ -283,7 +283,7 @@ def list_folder(root, data_dir=""):
     if not test:
         train.sort(key=lambda pair: hashlib.sha1(str(pair[0].relative_to(root)).encode()).digest())
         test, train = train[:-(-len(train) // 7)], train[-(-len(train) // 7):]
-        print(f"{root} has no test images: {len(test)}, always the same, are set aside for it")
+        print(f"{root} has no test images: {len(test)} are set aside, always the same")
     return tuple(zip(*train)), tuple(zip(*test)), classes
 
 
@@ -294,7 +294,7 @@ def list_images(root):
         part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)]
     images = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
     if len(images) < len(files):
-        print(f"{root}: skipped {len(files) - len(images)} files that are no images: "
+        print(f"{root}: skipped {len(files) - len(images)} files that are not images: "
               f"{', '.join({path.suffix for path in files} - {path.suffix for path in images})}")
     names = [path.relative_to(root).parts[0] for path in images]
     classes = sorted(set(names))
@@ -577,9 +577,9 @@ def still_correct(model, x, y, *attacks, batch_size=None, label="evaluating"):
     size = batch_size or (128 if y.is_cpu else 1000) * 32**2 // x.shape[2:].numel() or 1
     correct, scale = torch.ones_like(y), 255 if x.dtype == torch.uint8 else 1
     with exact(model) as model:
-        for attack in attacks or [lambda model, x, y: x]:
+        for i, attack in enumerate(attacks or [lambda model, x, y: x], 1):
             mine, correct = correct.nonzero()[RANK::WORLD, 0], torch.zeros_like(y)
-            for index in progress(mine.split(size) if len(mine) else [], f"{label}, batch"):
+            for index in progress(mine.split(size) if len(mine) else [], f"{label} {i}, batch"):
                 images = x[index.to(x.device)].to(index.device) / scale
                 x_adv = attack(model, images, y[index])
                 with torch.no_grad():
@@ -648,7 +648,7 @@ def saved_settings(args):
     path = Path(args.out, "args.json") if args.out else [Path("runs"), *runs][-1]
     saved = json.loads(path.read_text() or "{}").get("args", {}) if path.is_file() else {}
     if saved.get("method") != args.method:
-        fail(f"there is no run of {args.method}.py to resume in {args.out or 'runs'}")
+        fail(f"no run of {args.method}.py to resume in {args.out or 'runs'}: add its --out")
     return saved | dict(out=args.out or str(path.parent), resume=True, device="auto")
 
 
@@ -735,7 +735,7 @@ class Run:
             print(f"{self.head}{self.epoch:5}{lr:7.4f} {loss:5.3f}{clean:11.1f}{pgd:24.1f}"
                   f"{row['seconds']:10.1f}  {prefix.strip('_')}", flush=True)
             self.head = ""
-        if self.rows and row["val_pgd"] < self.rows[-1]["val_pgd"] - 20:
+        if [row, *self.rows][-1]["val_pgd"] - row["val_pgd"] > max(20, 2e3 / len(self.data.val[1])):
             print("warning: accuracy under PGD fell by over 20 points: catastrophic overfitting?")
         self.rows.append(row)
         state = {name: part.state_dict() for name, part in self.state.items()}

@@ -103,7 +103,7 @@ class Checkpoint:
         self.eps = self.trained["eps"] if args.eps is None else args.eps  # for images in [0, 1]
         self.about = dict(checkpoint=path, dataset=Path(dataset).name, arch=model.options["arch"],
                           normalisation=content.get("normalisation", "of the run"))
-        self.name = "/".join(Path(path).with_suffix("").parts[-2:])  # in plots, and over epochs:
+        self.name = "/".join(Path(path).with_suffix("").parts[-2:]).replace("$", r"\$")  # in plots
         self.average = "swa_" * Path(path).name.startswith("swa_")  # of KD-SWA
         self.run = (Path(self.name).parent.name or self.name) + " (average)" * bool(self.average)
         if args.n_examples:
@@ -421,8 +421,7 @@ def checklist(checkpoint, row, kept):
 # ------------------------------------------------------------------------------------------- plots
 def new_figure(rows, columns, width, height):
     import matplotlib.figure  # takes half a second
-    matplotlib.rcParams.update({"font.size": 14, "axes.grid": True, "lines.linewidth": 2.5,
-                                "text.parse_math": False})  # $ is part of a name
+    matplotlib.rcParams.update({"font.size": 14, "axes.grid": True, "lines.linewidth": 2.5})
     figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -554,7 +553,7 @@ def outputs(axes, checkpoint, i):
 def sheet(checkpoints):
     """An image of each class: clean, the perturbation (scaled) and their sum, and what the network
     takes them for. "fooled" is the share of those that were right before."""
-    n, columns, values = len(checkpoints), min(10, len(checkpoints[0].classes)), []
+    n, columns, values = len(checkpoints), min(10, len(checkpoints[0].y.unique())), []
     figure, rows = new_figure(3 * n, columns, 1.25 * columns + 1, 4.4 * n)
     for axes in rows.flat:
         axes.set(xticks=[], yticks=[])

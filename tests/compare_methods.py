@@ -83,9 +83,9 @@ def run(group, method, seed, options):
                    for name, row in zip(names, rows)}
     data = Path(options.dataset).name
     return [dict(group=group, method=method, seed=seed, network=name, epoch=result[name]["epoch"],
-                 pgd20=result[name]["test_pgd"], n_test=1000, data=data,
-                 train_seconds=round(result["train_seconds"], 1), precision=options.precision,
-                 torch=torch.__version__, processor=processor(),
+                 clean=0, pgd20=result[name]["test_pgd"], pgd50_10="", aa_lite="", n_test=1000,
+                 train_seconds=round(result["train_seconds"], 1), data=data,
+                 precision=options.precision, torch=torch.__version__, processor=processor(),
                  date=datetime.date.today().isoformat(),
                  command=f"{script}.py --dataset {data} {' '.join(words)}") | figures[name]
             for name in names]
@@ -120,14 +120,14 @@ def main():
     add("--markdown", action="store_true")
     add("--csv", type=Path, default=ROOT / "docs/comparison.csv")
     options = parser.parse_args()
-    with open(options.csv, newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = list(csv.DictReader(options.csv.open() if options.csv.exists() else []))
     if options.markdown:
         return tables(lines)
-    done = {(line["group"], line["method"], int(line["seed"]), line["precision"]) for line in lines}
+    done = {tuple(line[key] for key in ("group", "method", "seed", "data")) for line in lines}
     todo = [(group, method, seed) for seed in options.seeds for group in options.group
             for method in options.methods or GROUPS[group][1]
-            if (group, method, seed, options.precision) not in done]
+            if (group, method, str(seed), Path(options.dataset).name) not in done]
+    print(f"{len(todo)} runs to do; all others have their lines in {options.csv}", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = {pool.submit(run, *what, options): what for what in todo}
         for future in as_completed(futures):
@@ -135,7 +135,8 @@ def main():
                 print(*futures[future], "failed:", future.exception(), flush=True)
                 continue
             with open(options.csv, "a", newline="") as file:
-                csv.DictWriter(file, lines[0]).writerows(future.result())
+                csv.writer(file).writerows([future.result()[0]] * (file.tell() == 0) + [
+                    line.values() for line in future.result()])
             print(*futures[future], *(f"{line['network']} {line['clean']:.1f} {line['pgd20']:.1f}"
                                       for line in future.result()), flush=True)
 

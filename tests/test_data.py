@@ -300,8 +300,7 @@ def test_left_and_right_arrows_are_told_apart_without_mirroring(folder, tmp_path
         image.paste("white", (0, 0, 16, 32) if path.parent.name == "cat" else (16, 0, 32, 32))
         image.save(path)
     for no_flip in (True, False):
-        data, args = load(folder, tmp_path), data_options(
-            batch_size=15, epochs=9, no_flip=no_flip)
+        data, args = load(folder, tmp_path), data_options(batch_size=15, epochs=9, no_flip=no_flip)
         right = torch.cat([(x[:, 0, 16, 24] > 0.5).long() == y for epoch in range(9)
                            for x, y in common.batches(data, args, epoch)]).float().mean()
         assert right == 1 if no_flip else 0.3 < right < 0.7
@@ -332,7 +331,7 @@ def test_class_folders_alone(tmp_path, capsys):
         for j in range(14):
             draw(tmp_path / f"numbers/{name}/{j}.png", (i, j, 9))
     data, again = (load(tmp_path / "numbers", tmp_path, seed=seed) for seed in (0, 1))
-    assert "has no test images: 6, always the same" in capsys.readouterr().out
+    assert "has no test images: 6 are set aside" in capsys.readouterr().out
     assert data.classes == ["1", "10", "2"] and torch.equal(data.test[0], again.test[0])
     colours = [{tuple(x.tolist()) for x in part[0][:, :, 5, 5]} for part in (data.train, data.test)]
     assert len(colours[0]) == 36 and len(colours[1]) == 6 and not colours[0] & colours[1]

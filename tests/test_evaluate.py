@@ -455,7 +455,7 @@ def test_the_checklists_pgd_sees_no_image_that_was_wrong_before():
 def test_every_plot_is_drawn(run, drawn, tmp_path, ours, monkeypatch):
     monkeypatch.setattr(evaluate, "range", lambda *n: range(*n)[:2], raising=False)  # is faster
     paths = [save(tmp_path / "bs/epoch-1.pt", some_network(1), epoch=1), ours]
-    out, result = run(*paths, "--attack", "none", "--n-plot", 2, "--plots", "--out", "plots")
+    out, result = run(*paths, "--attack", "none", "--n-plot", 4, "--plots", "--out", "plots")
     assert set(result["plots"]) == set(evaluate.PLOTS), out
     for name, values in result["plots"].items():
         picture = matplotlib.image.imread(tmp_path / f"plots/{name}.png")

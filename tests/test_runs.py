@@ -130,7 +130,7 @@ def test_choice_of_best_on_held_out_images_and_warnings(monkeypatch, script, tmp
                                                         held_out, test, best, warning):
     results = iter([*held_out, (test, 10), (test, 10)])
     monkeypatch.setattr(common, "accuracy", lambda *args, **kwargs: next(results))
-    out = script(fast_at, *TINY, "--out", "run", "--steps", steps)[1]
+    out = script(fast_at, *TINY, "--val-size", 100, "--out", "run", "--steps", steps)[1]
     content = torch.load(tmp_path / "run/best.pt", weights_only=True)
     assert best in (None, content["epoch"]) and content["rows"][-1]["epoch"] == content["epoch"]
     warnings = re.findall("^warning: (.*)", out, re.M)
@@ -366,7 +366,7 @@ def test_a_run_is_resumed_with_its_own_settings(script, tmp_path, monkeypatch):
     one_line(outcome, "interrupted; to continue, add --resume to the same command$")
     shutil.copytree(tmp_path / name, tmp_path / "again")
     resume = ["--resume", "--out", name]
-    one_line(script(fast_at, *resume, "--lr", 0.2), "--lr is another one in .*leave it out")
+    one_line(script(fast_at, *resume, "--lr", 0.2), "--lr differs from .*leave it out")
     one_line(script(trades, *resume), f"no run of trades.py to resume in {name}")
     one_line(script(trades, "--resume"), "no run of trades.py to resume in runs")
     for more in ([], ["--out", "again/", "--lr", 0.05, "--eps", 8]):  # at first the newest run
