@@ -65,7 +65,7 @@ def run(group, method, seed, options):
 
     script, own = GROUPS[group][1][method]
     words = f"--seed {seed} {GROUPS[group][0]} {own} --precision {options.precision}".split()
-    folder = ROOT / "runs/comparison" / f"{group}-{method.replace(' ', '-')}-{seed}"
+    folder = ROOT / "runs/comparison" / group / f"{method.replace(' ', '-')}-seed{seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "result.json").exists():
         start = ["--resume"] if (folder / "args.json").exists() else [
