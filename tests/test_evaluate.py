@@ -670,14 +670,17 @@ def test_what_does_not_fit_is_named(run, tmp_path):
     assert "bn.weight is (128,) instead of (64,)" in run(
         "a.pt", "--arch", "wrn-16-8", "--width", 16, "--dataset", "shapes", fails=True)
     torch.save({"ema": state, "model": state}, tmp_path / "b.pt")
-    assert "several networks, ema., model.: save one" in run("b.pt", *FOREIGN, fails=True)
+    assert "several networks, ema/, model/: save one" in run("b.pt", *FOREIGN, fails=True)
     torch.save(state | {"head.weight": torch.zeros(2)}, tmp_path / "c.pt")
     assert "head.weight is (2,) instead of missing" in run("c.pt", *FOREIGN, fails=True)
+    beside = {f"model.{name}": value for name, value in state.items()}
+    torch.save({"net": beside | {"head.weight": torch.zeros(2)}}, tmp_path / "c.pt")
+    assert "net/head.weight is not within net/model." in run("c.pt", *FOREIGN, fails=True)
     state["linear.weight"], state["linear.bias"] = torch.zeros(7, 128), torch.zeros(7)
     torch.save(state, tmp_path / "d.pt")
     assert "d.pt knows 7 classes, the data set 10" in run("d.pt", *FOREIGN, fails=True)
     torch.save(written("GradAlign")[1], tmp_path / "e.pt")
-    assert "e.pt holds the networks last., best.: taking best." in run(
+    assert "e.pt holds the networks last/, best/: taking best/" in run(
         "e.pt", *FOREIGN, "--attack", "none")[0]
 
 

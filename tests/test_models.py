@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import data_options
+from conftest import TINY
 from torch import nn
 
 import common
+import fast_at
 
 
 def randomise(model):
@@ -144,8 +145,7 @@ def test_normalisation_is_inside_and_that_of_the_training_images():
     x = (torch.rand(40, 3, 32, 32) * torch.tensor([100, 200, 255]).view(3, 1, 1)).byte()
     x[30:] = 255  # held out
     data = common.Data((x, torch.zeros(40), torch.arange(30)), None, None, ["a", "b"])
-    model = common.prepare_model(data_options(
-        arch="resnet10", width=16, activation="relu", precision="fp32", compile=False), data).eval()
+    model = common.prepare_model(fast_at.parse_args(TINY), data).eval()
     train = x[:30].double() / 255
     mean, std = (part.view(3, 1, 1) for part in (train.mean((0, 2, 3)), train.std((0, 2, 3))))
     assert torch.allclose(model.mean.double(), mean, atol=1e-6)

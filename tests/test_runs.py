@@ -191,7 +191,7 @@ def test_every_script_runs_with_its_options(script, tmp_path, monkeypatch, modul
 def test_the_smoke_runs_leave_no_option_out():
     """The common ones are tried with one script or another."""
     known = {module: vars(module.parse_args(TINY)).keys() for module in SCRIPTS}
-    elsewhere = {"method", "preset", "resume", "dataset", "adv_teacher", "std_teacher"}
+    elsewhere = {"method", "preset", "resume", "dataset", "init_from", "adv_teacher", "std_teacher"}
     for module in SCRIPTS:
         for name in known[module] - elsewhere:
             words = " ".join([*TINY, "--out"] + [options for script, options in SMOKE if (
@@ -302,11 +302,26 @@ def test_each_script_runs_in_a_folder_with_common_alone(tmp_path):
         assert result["n_test"] == 10
 
 
+def test_fine_tuning_starts_from_the_weights_of_another_run(script, tmp_path, folder):
+    """All of them or, for other classes, all but the last layer's; a rate of 1e-9 keeps them."""
+    script(fast_at, *TINY, "--epochs", 1, "--out", "start")
+    start = weights(tmp_path / "start/best.pt")
+    tune = ["--init-from", "start/best.pt", "--lr", 1e-9]
+    for data, last in ((TINY, "same"), (PETS, "new")):
+        assert script(fast_at, *data, *tune, "--out", last)[0] == 0
+        found = weights(tmp_path / last / "best.pt")
+        for name in ("conv1.weight", "layer4.0.bn2.weight", *["linear.weight"] * (last == "same")):
+            assert torch.allclose(found[name], start[name], atol=1e-6), name
+    assert found["linear.weight"].shape == (2, 128)
+    for words in (["--width", 24], ["--image-size", 128], ["--activation", "swish"]):
+        one_line(script(fast_at, *PETS, *tune, *words), "best.pt holds another .*'width': 16")
+
+
 # -------------------------------------------------------------------------- kd_swa and its teachers
 KD = [*TINY, *"--teacher-epochs 1 --steps 1 --train-size 32 --val-size 10 --test-size 10".split()]
 
 
-def test_kd_swa_saves_and_evaluates_the_plain_and_the_averaged_network(script, tmp_path):
+def test_kd_swa_saves_and_evaluates_the_plain_and_the_averaged_network(script, tmp_path, folder):
     status, out, err = script(kd_swa, *KD, "--out", "run", "--epochs", 4, "--keep-epochs")
     assert status == 0, err
     result = json.loads((tmp_path / "run/result.json").read_text())
@@ -333,6 +348,8 @@ def test_kd_swa_saves_and_evaluates_the_plain_and_the_averaged_network(script, t
     status, out, _ = script(kd_swa, *KD, "--out", "again", "--epochs", 4, *given)
     assert status == 0 and "first the" not in out
     assert equal(weights(tmp_path / "again/swa_last.pt"), mean)
+    one_line(script(kd_swa, *PETS, *given), "adv-teacher/best.pt .*other classes")
+    one_line(script(kd_swa, *KD, "--adv-teacher", "none.pt"), "none.pt")
 
 
 def test_kd_swa_resumes_in_the_right_phase(script, tmp_path, monkeypatch):
@@ -341,7 +358,7 @@ def test_kd_swa_resumes_in_the_right_phase(script, tmp_path, monkeypatch):
     script(kd_swa, *options, "whole")
     for moment in (1, 2, 5):
         outcome = interrupted(monkeypatch, script, moment, kd_swa, *options, f"run{moment}")
-        one_line(outcome, "interrupted; .*--resume to the same command$")
+        one_line(outcome, "interrupted; to go on, repeat with --resume$")
         status, out, err = script(kd_swa, "--resume", "--out", f"run{moment}")
         assert status == 0, err
         assert out.count("first the") == max(0, 3 - moment)  # a finished teacher stays as it is
@@ -350,20 +367,13 @@ def test_kd_swa_resumes_in_the_right_phase(script, tmp_path, monkeypatch):
                          weights(tmp_path / "whole" / name)), (moment, name)
 
 
-def test_teachers_that_do_not_fit(script, folder):
-    script(fast_at, *TINY, "--steps", 0, "--epochs", 1, "--out", "teacher")
-    given = ["--kd", "std", "--std-teacher"]
-    one_line(script(kd_swa, *PETS, *given, "teacher/last.pt"), "teacher/last.pt .*other classes")
-    one_line(script(kd_swa, *KD, *given, "none.pt"), "none.pt")
-
-
 # ----------------------------------------------------------------------------------------- resuming
 def test_a_run_is_resumed_with_its_own_settings(script, tmp_path, monkeypatch):
     options = [*TINY, "--seed", 3, "--lr", 0.05, "--init", "zero"]
     script(fast_at, *options, "--out", "whole")
     outcome = interrupted(monkeypatch, script, 2, fast_at, *options)
     name = "runs/fast_at-shapes-resnet10-eps8-seed3"
-    one_line(outcome, "interrupted; to continue, add --resume to the same command$")
+    one_line(outcome, "interrupted; to go on, repeat with --resume$")
     shutil.copytree(tmp_path / name, tmp_path / "again")
     resume = ["--resume", "--out", name]
     one_line(script(fast_at, *resume, "--lr", 0.2), "--lr differs from .*leave it out")
@@ -507,7 +517,6 @@ BAD = [
     (fast_bat, "--norm l2", "--norm: Fast-BAT is defined for linf"),
     (fast_bat, "--compile", "Fast-BAT.*--compile"), (kd_swa, "--iswa --no-swa", "--iswa.*--no-swa"),
     (kd_swa, "--lambda1 0.7 --lambda2 0.7", "--lambda1 and --lambda2 add up to more than 1"),
-    (kd_swa, "--temperature 0", "--temperature"),
 ]
 
 
@@ -547,6 +556,7 @@ def test_the_benchmark_prints_a_row_for_each_method(monkeypatch, capsys):
 
 # --------------------------------------------------------------------------------------- the README
 README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
 SCRIPT_CALL = r"\b(?:fast_at|trades|backward_smoothing|fast_bat|kd_swa|evaluate)\.py\b[^&|;#`\n]*"
 
@@ -577,6 +587,36 @@ def test_the_readmes_options_exist():
              for option in re.findall(r'"(--[a-z][a-z0-9-]+)"', path.read_text())}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", README))
     assert len(known) > 60 and not named - known - {"--nproc_per_node", "--help"}
+
+
+def test_the_method_of_ones_own_trains_between_the_markers(tmp_path):
+    own, = (block for block in PYTHON if "# --- method ---" in block)
+    source = (ROOT / "fast_at.py").read_text()
+    indented = "".join(" " * 12 + line + "\n" for line in own.splitlines())
+    changed = re.sub(r" {12}# --- method ---\n.*?# --- end of method ---\n", lambda _: indented,
+                     source, count=1, flags=re.S)
+    assert changed != source
+    (tmp_path / "mine.py").write_text(changed)
+    (tmp_path / "common.py").write_text((ROOT / "common.py").read_text())
+    process = command(tmp_path / "mine.py", *TINY, cwd=tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert list(tmp_path.glob("runs/mine-shapes-*/best.pt")), out
+
+
+def test_the_python_of_the_coursework_section(script, tmp_path, monkeypatch, capsys):
+    matplotlib.use("Agg")
+    assert script(fast_at, *TINY, "--out", "runs/mine")[0] == 0
+    names = {}
+    for block in PYTHON:
+        if "# --- method ---" not in block:
+            exec(block, names)
+    assert names["classes"][0] == "disc" and not names["model"].training
+    assert (names["x_adv"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
+    assert 0 <= names["robust"] <= names["clean"] <= 100 and "% under" in capsys.readouterr().out
+    assert len(names["plt"].gcf().axes) == 3
+    best = torch.load("runs/mine/best.pt", weights_only=True)
+    assert "conv1.weight" in best["model"] and best["mean"].numel() == best["std"].numel() == 3
 
 
 if __name__ == "__main__":  # one of torchrun's processes
