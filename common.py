@@ -789,7 +789,7 @@ class Run:
 
     def draw_curves(self):
         from matplotlib.figure import Figure  # takes half a second
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        figure = Figure(figsize=(8, 3.5), dpi=150, layout="constrained")
         left, right = figure.subplots(1, 2)
         for key in [key for key in self.rows[-1] if "loss" in key or "val_" in key]:
             line = [(row["epoch"], row[key]) for row in self.rows if key in row]
@@ -797,4 +797,4 @@ class Run:
         left.set(xlabel="epoch", ylabel="training loss")
         right.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 100))
         right.legend()
-        figure.savefig(self.folder / "curves.png", dpi=100)
+        figure.savefig(self.folder / "curves.png")

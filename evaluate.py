@@ -572,7 +572,8 @@ def sheet(checkpoints):
                 axes.imshow(image.permute(1, 2, 0).cpu().numpy())
                 name = checkpoint.classes[guess][:11] if images is not delta else ""
                 axes.set_title(name, fontsize=11, color=COLOURS[int(guess != truth)])
-        lines[1, columns // 2].set_title(checkpoint.name, fontsize=12)
+        middle = lines[0, columns // 2]
+        middle.set_title(f"{checkpoint.name}\n{middle.get_title()}", fontsize=11)
         fooled = (after != y)[before == y]
         values.append({"fooled %": percent(fooled) if len(fooled) else 0.0})
     return figure, values
