@@ -59,7 +59,7 @@ def number(kind, low, high=2**31):
 def over_255(text):
     """An argparse type: '8' (or '8/255') on the command line is 8/255 in the program."""
     value = number(float, 0)(text.removesuffix("/255"))
-    if 0 < value < 0.5 or text == "0.5":  # a usual radius in L2
+    if 0 < value <= 0.5:  # 0.5 is a usual radius in L2
         raise argparse.ArgumentTypeError(f"the unit is 1/255: did you mean {255 * value:.4g}?")
     return value / 255
 

@@ -176,12 +176,12 @@ def load_network(content, path, classes):
     """The network of a checkpoint, its outputs in the order of the data set's classes."""
     weights, known = content["model"], content["classes"]
     model = common.Classifier(**content["options"])
-    if hasattr(model, "bn") and "bn.weight" not in weights:  # as in RobustBench's PreActResNet-18,
-        model.bn = model.activation = torch.nn.Identity()  # which has no activation there, either
+    if "preact" in content["options"]["arch"] and not {"bn.weight", "bn.bias"} & weights.keys():
+        model.bn = model.activation = torch.nn.Identity()  # as RobustBench's PreActResNet-18
     own = model.state_dict()
     for name in own | weights:
         here, there = (tuple(d[name].shape) if name in d else "missing" for d in (own, weights))
-        if here != there and not name.endswith("num_batches_tracked"):  # missing in old files
+        if here != there and (here == "missing" or "num_batches" not in name):  # old files lack it
             common.fail(f"{path} does not fit the network: {name} is {there} instead of {here}")
     model.load_state_dict(own | weights)
     model.mean, model.std = content["mean"], content["std"]
@@ -196,6 +196,10 @@ def load_network(content, path, classes):
     elif known and known != classes:
         here, there = next((a, b) for a, b in zip(known, classes) if a != b)
         print(f"warning: {path} knows other classes than the data set: {here} instead of {there}")
+    def check(model, x, logits):
+        if not logits.isfinite().all():
+            common.fail(f"{path}: the network's logits are not finite")
+    model.register_forward_hook(check)
     return model.eval()
 
 
@@ -213,46 +217,48 @@ def convert_foreign(content, path, args):
     the normalisation is what it holds: nothing is guessed."""
     if not args.arch or not args.dataset:
         common.fail(f"{path} is not a checkpoint of these scripts: add --arch and --dataset")
-    copies = re.compile(r"(^|[./])(attacker|sub_block1|model_preact)")
+    copies = re.compile(r"(^|[./])(attacker|sub_block1|model_preact\w*)\.")
     tensors = {name: part for name, part in tensors_in(content).items() if not copies.search(name)}
     first = re.compile(r"(.*[./]|)(conv1|features\.0)\.weight")  # one of a network is for RGB
     prefixes = [first.fullmatch(name)[1] for name, tensor in tensors.items()
                 if first.fullmatch(name) and tensor.shape[1] == 3]
     best = [prefix for prefix in prefixes if "best" in re.split("[./]", prefix)] or prefixes
+    names = textwrap.shorten(", ".join(prefixes), 60)
     if len(best) != 1:
-        common.fail(f"{path} holds several networks, {', '.join(prefixes)}: save one alone" if best
+        common.fail(f"{path} holds several networks, {names}: save one alone" if best
                     else f"{path} does not fit the network: conv1.weight is missing")
-    prefix, place = best[0], re.split("[./]", best[0])[0] if len(prefixes) > 1 else ""
+    prefix, others = best[0], tuple(prefix for prefix in prefixes if prefix != best[0])
+    if others:
+        print(f"{path} holds the networks {names}: taking {prefix}")
     beside = prefix[:prefix.rfind("/") + 1]  # in the same dict as the network
-    if place:
-        print(f"{path} holds the networks {', '.join(prefixes)}: taking {prefix}")
-    weights, held, renamed = {}, {}, {  # from TRADES and torchvision
+    weights, held, renamed = {}, {"mean": set(), "std": set()}, {  # from TRADES and torchvision
         r"^block(\d)\.layer\.": r"layer\1.", "convShortcut": "shortcut.0", r"^fc\.": "linear.",
         "downsample": "shortcut"}
     renamed |= {r"^bn1\.": "bn."} if "preact" in common.ARCHS[args.arch] else {}
-    for name, tensor in tensors.items():
-        last = re.split("[./]", name)[-1].removeprefix("new_")
-        kind = dict(mean="mean", mu="mean", std="std", sigma="std").get(last)
-        if kind and tensor.numel() == 3 and name.startswith(place):
-            held[kind] = tensor.flatten().tolist()
-        elif name.startswith(prefix):
-            name = name.removeprefix(prefix)
-            for pattern, ours in renamed.items():
-                name = re.sub(pattern, ours, name)
+    for theirs, tensor in [pair for pair in tensors.items() if not pair[0].startswith(others)]:
+        last, folder = re.split("[./]", theirs)[-1], theirs[:theirs.rfind("/") + 1]
+        kind = dict(mean="mean", mu="mean", std="std", sigma="std").get(last.removeprefix("new_"))
+        name = theirs.removeprefix(prefix)
+        for pattern, ours in renamed.items():
+            name = re.sub(pattern, ours, name)
+        if kind and tensor.numel() == 3 and folder.startswith(beside[:len(folder)]):
+            held[kind].add(tuple(tensor.flatten().tolist()))
+        elif theirs.startswith(beside) and last != "n_averaged":
+            if name in weights or not theirs.startswith(prefix):
+                common.fail(f"{path} does not fit the network: {theirs} is not a part of it")
             weights[name] = tensor.float() if tensor.is_floating_point() else tensor
-        elif name.startswith(beside) and not name.startswith((*prefixes,)) and tensor.numel() > 1:
-            common.fail(f"{path} does not fit the network: {name} is not within {prefix}")
     mean, std, normalisation = [0.0] * 3, [1.0] * 3, "none"
     if args.mean:
         mean, std, normalisation = args.mean, args.std, "as given"
-    elif len(held) == 2:
-        mean, std, normalisation = held["mean"], held["std"], "of the checkpoint"
-    elif held:
-        common.fail(f"{path} holds {' and '.join(held)} alone: add --mean and --std")
+    elif held["mean"] or held["std"]:
+        pairs = list(itertools.product(*held.values()))
+        if len(pairs) != 1 or max(pairs[0][0] + pairs[0][1]) > 1.5 or min(pairs[0][1]) <= 0:
+            common.fail(f"{path} holds no clear normalisation: add --mean and --std")
+        (mean, std), normalisation = pairs[0], "of the checkpoint"
     mean, std = torch.tensor([mean, std]).view(2, 3, 1, 1)
     large = "conv1.weight" in weights and weights["conv1.weight"].shape[-1] == 7  # ImageNet's stem
-    bias = weights.get("linear.bias", weights.get("classifier.bias", mean))
-    options = dict(arch=args.arch, classes=len(bias), width=args.width, activation=args.activation,
+    last = weights.get("linear.weight", weights.get("classifier.weight", mean))
+    options = dict(arch=args.arch, classes=len(last), width=args.width, activation=args.activation,
                    size=224 if large else 32)
     trained = dict(dataset=args.dataset, data_dir="data", image_size=None, eps=8 / 255, norm="linf")
     return dict(model=weights, mean=mean, std=std, options=options, classes=None, args=trained,
@@ -265,8 +271,6 @@ def chosen_attacks(checkpoint, surrogates):
     x_adv). Each has noise of its own, so that it does not matter which others there are."""
     def transfer(model, x, y, surrogate):
         with common.exact(surrogate.model) as source:
-            if not source(x).isfinite().all():
-                common.fail(f"{surrogate.path}: the network's logits are not finite")
             return pgd()(source, x, y)
 
     args, noise, partial = checkpoint.args, checkpoint.noise, functools.partial
@@ -328,10 +332,6 @@ def inspect(checkpoint, clean):
 
 def evaluate(checkpoint, surrogates):
     """A row of the table, a dict, and by attack which images withstand it within eps, bool N."""
-    def mean(distance):  # None where nothing was fooled
-        distance = distance[distance < math.inf]
-        return 255 * distance.mean().item() if len(distance) else None
-
     start, args = time.perf_counter(), checkpoint.args
     correct = checkpoint.withstand([], "clean")
     kept, row = {"clean": correct}, checkpoint.about | {
@@ -344,11 +344,12 @@ def evaluate(checkpoint, surrogates):
     if "cw" in args.attack:
         distance = distance_to_fool(checkpoint, cw_l2, correct)["l2"]
         row["CW-L2 %"] = percent(distance == math.inf)
-        row["CW-L2 mean distance"] = mean(distance[correct])
+        fooled = distance[correct & (distance < math.inf)]
+        row["CW-L2 mean distance"] = 255 * fooled.mean().item() if len(fooled) else None
     if "rays" in args.attack:
         attack = functools.partial(rays, queries=args.queries)
         distances = distance_to_fool(checkpoint, attack, correct)
-        row["ADBD"] = mean(distances["linf"])
+        row["ADBD"] = 255 * distances["linf"].clamp(max=1).mean().item()  # 255: never fooled
         kept["rays"] = distances[checkpoint.norm] > checkpoint.eps
         row[f"RayS-{args.queries} %"] = percent(kept["rays"])
     kept["worst case"] = torch.stack(list(kept.values())).all(0)
@@ -599,7 +600,7 @@ def main(args):
                                for paths in (args.checkpoints, args.surrogate))
     for checkpoint in checkpoints:
         if args.eps is None and checkpoint.norm != checkpoint.trained["norm"]:
-            common.fail(f"{checkpoint.path} was trained for another norm: add --eps")
+            common.fail(f"--norm is not that of {checkpoint.path}: add --eps")
     for surrogate in surrogates:
         if any(surrogate.classes != checkpoint.classes for checkpoint in checkpoints):
             common.fail(f"{surrogate.path} cannot be a surrogate: it knows other classes")

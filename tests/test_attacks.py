@@ -145,15 +145,6 @@ def test_the_mode_of_batchnorm_in_an_attack(name):
     assert not torch.allclose(logits["train"], logits["eval"], atol=1e-3)
 
 
-def test_a_compiled_network_gets_no_gradients_of_its_weights_in_attacks(model, batch):
-    """`compiled` is what prepare_model sets: such a network would compute them in vain."""
-    model.compiled = True
-    model.bn1.weight.requires_grad_(False)
-    with common.attacking(model, batch[0]):
-        assert not any(p.requires_grad for p in model.parameters())
-    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["bn1.weight"]
-
-
 def test_the_other_attacks_return_no_graph_either():
     model, x, y = network_and_images("bn1d")
     for attack, options in ((attacks.square, dict(eps=EPS, queries=3)),

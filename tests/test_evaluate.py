@@ -170,7 +170,7 @@ def test_eps_0_is_0(run, ours):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--norm", "l2"], "was trained for another norm: add --eps"),
+    (["--norm", "l2"], "--norm is not that of "),
     (["--mean", 125.3, 123, 113.9, "--std", 63, 62, 66], "divide by 255"),
     (["--mean", 0.5, 0.5, 0.5], "--mean and --std go together"),
     (["--restarts", 0], "--restarts"), (["--n-examples", -5], "--n-examples"),
@@ -377,7 +377,7 @@ def test_rays_does_not_depend_on_the_batch_and_leaves_what_it_cannot_fool():
 
 
 def test_distances():
-    """ADBD: over the images that are fooled, and 0 for those that are wrong anyway."""
+    """ADBD: 0 for images that are wrong anyway, 255 for those that are never fooled."""
     model, x, y = plane(20, classes=2, size=2)
     w = (model.weight[1] - model.weight[0]).detach()
     exact = (x.flatten(1) / 255 @ w).abs() / w.abs().sum()
@@ -394,7 +394,7 @@ def test_distances():
     robust = checkpoint_of(Plane(torch.tensor([[1.0], [0]]).expand(2, 12) * 0), x, y * 0,
                            "--attack", "rays", "cw", "--queries", 20)
     row, _ = evaluate.evaluate(robust, [])
-    assert row["CW-L2 mean distance"] is None and row["ADBD"] is None
+    assert row["CW-L2 mean distance"] is None and row["ADBD"] == 255
     assert row["CW-L2 %"] == row["RayS-20 %"] == 100 and "None" not in evaluate.table([row])
     some.norm, some.eps = "l2", 4 * some.eps  # RayS counts in the norm of the checkpoint
     row, kept = evaluate.evaluate(some, [])
@@ -664,24 +664,33 @@ def test_the_table_says_which_normalisation_was_used(run, tmp_path, ours):
 
 
 def test_what_does_not_fit_is_named(run, tmp_path):
-    state = network().state_dict()
-    torch.save(state, tmp_path / "a.pt")
-    assert "add --arch and --dataset" in run("a.pt", fails=True)
+    state, ones = network().state_dict(), torch.ones(3)
+    within, size = {f"model.{name}": value for name, value in state.items()}, torch.ones(7, 128)
+    for content, message in (
+            ({"ema": state, "model": state}, "several networks, ema/, model/: save one"),
+            (state | {"head.weight": ones}, "head.weight is (3,) instead of missing"),
+            ({"net": within | {"head.weight": ones}}, "net/head.weight is not a part of it"),
+            ({"net": within | {"scale": ones[:1]}}, "net/scale is not a part of it"),
+            (state | {"fc.weight": ones}, "fc.weight is not a part of it"),
+            (state | {"bn1.bias": ones}, "bn1.bias is not a part of it"),
+            (state | {"a.num_batches_tracked": ones}, "tracked is (3,) instead of missing"),
+            (state | {"linear.weight": size, "linear.bias": size[:, 0]}, "knows 7 classes, the "),
+            ({name: state[name] for name in state if name != "linear.bias"},
+             "linear.bias is missing instead of (10,)"),
+            (state | {"mean": ones / 2}, "no clear normalisation"),
+            (state | {"mean": 125 * ones, "std": 63 * ones}, "no clear normalisation"),
+            (state | {"mean": ones / 2, "b.mean": ones, "std": ones}, "no clear normalisation")):
+        torch.save(content, tmp_path / "theirs.pt")
+        assert message in run("theirs.pt", *FOREIGN, fails=True)
+    torch.save(state, tmp_path / "theirs.pt")
+    assert "add --arch and --dataset" in run("theirs.pt", fails=True)
     assert "bn.weight is (128,) instead of (64,)" in run(
-        "a.pt", "--arch", "wrn-16-8", "--width", 16, "--dataset", "shapes", fails=True)
-    torch.save({"ema": state, "model": state}, tmp_path / "b.pt")
-    assert "several networks, ema/, model/: save one" in run("b.pt", *FOREIGN, fails=True)
-    torch.save(state | {"head.weight": torch.zeros(2)}, tmp_path / "c.pt")
-    assert "head.weight is (2,) instead of missing" in run("c.pt", *FOREIGN, fails=True)
-    beside = {f"model.{name}": value for name, value in state.items()}
-    torch.save({"net": beside | {"head.weight": torch.zeros(2)}}, tmp_path / "c.pt")
-    assert "net/head.weight is not within net/model." in run("c.pt", *FOREIGN, fails=True)
-    state["linear.weight"], state["linear.bias"] = torch.zeros(7, 128), torch.zeros(7)
-    torch.save(state, tmp_path / "d.pt")
-    assert "d.pt knows 7 classes, the data set 10" in run("d.pt", *FOREIGN, fails=True)
-    torch.save(written("GradAlign")[1], tmp_path / "e.pt")
-    assert "e.pt holds the networks last/, best/: taking best/" in run(
-        "e.pt", *FOREIGN, "--attack", "none")[0]
+        "theirs.pt", "--arch", "wrn-16-8", "--width", 16, "--dataset", "shapes", fails=True)
+    two = {name: state | {"mu": ones * mu, "sigma": ones * 0.3}
+           for name, mu in (("best", 0.25), ("best_swa", 0.5), ("last", 0.75))}
+    torch.save({"model": two}, tmp_path / "theirs.pt")
+    some = evaluate.Checkpoint("theirs.pt", evaluate.parse_args(["theirs.pt", *map(str, FOREIGN)]))
+    assert some.model.mean.flatten().tolist() == [0.25] * 3
 
 
 class Code:
