@@ -66,7 +66,7 @@ def over_255(text):
 
 def dataset_name(text):
     """An argparse type: a known data set, however it is spelled, or a folder's absolute path."""
-    name = "".join(filter(str.isalnum, text.lower())).replace("tinyimagenet", "tiny-imagenet")
+    name = text.lower().replace("-", "").replace("_", "").replace("tinyimagenet", "tiny-imagenet")
     if name not in DATASETS and not os.path.isdir(text):
         fail(f"--dataset {text} is not a folder, nor one of {', '.join(DATASETS)}")
     return name if name in DATASETS else os.path.abspath(text)
@@ -263,13 +263,13 @@ def list_folder(root, data_dir=""):
     """The images of a folder: train and test as (paths, labels), and the classes' names. It holds
     train/CLASS/* and test/, val/ or validation/, or CLASS/* alone, of which a seventh is tested."""
     root = Path(data_dir, "tiny-imagenet-200") if root == "tiny-imagenet" else Path(root)
-    parts, test = {path.name.lower(): path for path in root.glob("*/")}, []
-    split = parts.get("train", parts.get("training", root))
+    parts = {p.name.lower(): p for p in root.glob("*") if any(map(Path.is_dir, p.glob("*")))}
+    split, test = parts.get("train", parts.get("training", root)), []
     train, classes = list_images(split)
     if len(classes) < 2:
         fail(f"{root} does not hold images of several classes in CLASS/* or train/CLASS/*")
     for part in [parts[name] for name in ("valid", "validation", "val", "testing", "test")
-                 if split != root and name in parts]:  # the last one counts
+                 if name in parts]:  # the last one counts
         found, names = list_images(part)
         if (part / "val_annotations.txt").exists():  # Tiny ImageNet: no folders, a list of labels
             rows = map(str.split, (part / "val_annotations.txt").read_text().splitlines())
@@ -277,9 +277,9 @@ def list_folder(root, data_dir=""):
         elif names == classes:
             test = found
         elif set(names) & set(classes):  # else it is unlabelled, as ImageNet's test/
-            fail(f"{part} and {split} differ in {sorted(set(names) ^ set(classes))}")
+            fail(f"{part} and {split} differ in the classes {sorted(set(names) ^ set(classes))}")
     if not test:
-        train.sort(key=lambda pair: hashlib.sha1(str(pair[0].relative_to(root)).encode()).digest())
+        train.sort(key=lambda p: hashlib.sha1(p[0].relative_to(root).as_posix().encode()).digest())
         test, train = train[:-(-len(train) // 7)], train[-(-len(train) // 7):]
         print(f"{root} has no test images: {len(test)} are set aside, always the same")
     return tuple(zip(*train)), tuple(zip(*test)), classes
@@ -288,12 +288,12 @@ def list_folder(root, data_dir=""):
 def list_images(root):
     """The images in root/CLASS/, at any depth, as (path, label), and the names of the classes in
     alphabetical order. Hidden files are passed over."""
-    files = [path for path in sorted(root.glob("*/**/*.*")) if path.is_file() and not any(
+    files = [path for path in sorted(root.glob("*/**/*")) if path.is_file() and not any(
         part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)]
     images = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
     if len(images) < len(files):
         print(f"{root}: skipped {len(files) - len(images)} files that are not images: "
-              f"{', '.join({path.suffix for path in files} - {path.suffix for path in images})}")
+              f"{', '.join({p.suffix or 'none' for p in files} - {p.suffix for p in images})}")
     names = [path.relative_to(root).parts[0] for path in images]
     classes = sorted(set(names))
     return [(path, classes.index(name)) for path, name in zip(images, names)], classes
@@ -480,9 +480,9 @@ def prepare_model(args, data):
     some = x[index[:math.ceil(10_000 * 32**2 / x[0, 0].numel())].to(x.device)].cpu() / 255
     std, mean = torch.std_mean(some, dim=(0, 2, 3), keepdim=True)
     model.mean, model.std = mean[0], std[0].clamp(min=1e-3)
-    if args.init_from:
-        old = load_model(args.init_from)[0]
-        layers = [*zip(model, old)][:None if len(old[-1].bias) == len(data.classes) else -1]
+    if args.init_from and not (args.resume and Path(args.out, "last.pt").exists()):
+        old, start = load_model(args.init_from)
+        layers = [*zip(model, old)][:None if start["classes"] == data.classes else -1]
         if old.options["arch"] != args.arch or any(str(new) != str(old) for new, old in layers):
             fail(f"{args.init_from} holds another network than these options: {old.options}")
         for layer, trained in layers:  # for other classes the last one stays new
@@ -632,7 +632,7 @@ def load(path, device="cpu"):
         with torch.serialization.safe_globals([argparse.Namespace]):  # as others save options
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as e:
-        fail(f"cannot load {path}: {e if isinstance(e, OSError) else 'save its state_dict()'}")
+        fail(f"cannot load {path}: {e if isinstance(e, OSError) else 'save a state_dict alone'}")
 
 
 def load_model(path, device="cpu"):
@@ -691,8 +691,8 @@ class Run:
             self.epoch, self.rows, self.saved = (last[key] for key in ("epoch", "rows", "state"))
             if last["args"]["epochs"] != args.epochs:
                 print(f"the learning rate goes on as in a run of {args.epochs} epochs")
-            if last["classes"] != data.classes:
-                fail(f"{self.folder} was started with other classes")
+            if last["classes"] != data.classes or args.epochs < self.epoch:
+                fail(f"{self.folder} was started with other classes, or has had more epochs")
         for part in dict(model=model, optimizer=optimizer, scaler=scaler).items():
             self.keep(*part)
         self.about = dict(command=sys.argv, args=vars(args), versions=dict(

@@ -326,17 +326,17 @@ def test_names_of_the_test_folder(folder, tmp_path, name):
 def test_class_folders_alone(tmp_path, capsys):
     """A seventh is set aside for the test: always the same, and in no other part. The classes are
     in alphabetical order."""
-    for i, name in enumerate(("1", "10", "2")):
+    for i, name in enumerate(("1", "10", "train")):
         for j in range(14):
             draw(tmp_path / f"numbers/{name}/{j}.png", (i, j, 9))
     data, again = (load(tmp_path / "numbers", tmp_path, seed=seed) for seed in (0, 1))
     assert "has no test images: 6 are set aside" in capsys.readouterr().out
-    assert data.classes == ["1", "10", "2"] and torch.equal(data.test[0], again.test[0])
+    assert data.classes == ["1", "10", "train"] and torch.equal(data.test[0], again.test[0])
     colours = [{tuple(x.tolist()) for x in part[0][:, :, 5, 5]} for part in (data.train, data.test)]
     assert len(colours[0]) == 36 and len(colours[1]) == 6 and not colours[0] & colours[1]
     for x, y, *_ in (data.train, data.test):
         assert torch.equal(x[:, 0, 5, 5].long(), y)
-    draw(tmp_path / "numbers/2/new.png", (2, 99, 9))  # moves one of the others at most
+    draw(tmp_path / "numbers/train/new.png", (2, 99, 9))  # moves one of the others at most
     common.list_folder.cache_clear()
     more = {tuple(x.tolist()) for x in load(tmp_path / "numbers", tmp_path).test[0][:, :, 5, 5]}
     assert len(more) == 7 and len(colours[1] & more) >= 5
@@ -362,17 +362,21 @@ def test_what_is_no_image_is_passed_over_and_counted(folder, tmp_path, capsys):
     for name in (".ipynb_checkpoints/0.png", "__MACOSX/cat/0.png", "cat/deeper/UPPER.JPG"):
         draw(folder / "train" / name, "red")
     for name in ("cat/._0.png", "cat/.DS_Store", "dog/__MACOSX/0.png",
-                 "cat/notes.txt", "dog/0.heic", "dog/1.heic"):  # these three are counted
+                 "cat/notes.txt", "dog/0.heic", "dog/without"):  # these three are counted
         (folder / "train" / name).parent.mkdir(exist_ok=True)
         (folder / "train" / name).write_text("no image")
     data = load(folder, tmp_path)
     assert data.classes == ["cat", "dog"] and torch.bincount(data.train[1]).tolist() == [9, 8]
     out = capsys.readouterr().out
-    assert "skipped 3 files" in out and {".txt", ".heic"} == set(re.findall(r"\.(?!png)\w+", out))
+    found = set(re.findall(r"\.(?!png)\w+|none", out))
+    assert "skipped 3 files" in out and found == {".txt", ".heic", "none"}
 
 
 # ------------------------------------------------------------------------------------ bad folders
 def test_other_classes_in_train_and_test_are_refused(folder, refused):
+    shutil.copytree(folder / "test", folder / "train/test")
+    assert "differ in the classes ['test']" in refused(folder / "train")
+    shutil.rmtree(folder / "train/test")
     (folder / "test/dog").rename(folder / "test/horse")
     assert re.search(f"{folder}/test .*dog.*horse", refused(folder))
     shutil.rmtree(folder / "test/horse")
