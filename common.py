@@ -140,7 +140,7 @@ def parse(parser, argv=None):
 def small_preset(dataset, data_dir="data"):
     """Defaults for `shapes`, SVHN, and a folder of few images or where there is no GPU."""
     if dataset in DATASETS:
-        shapes = SMALL | dict(epochs=6, val_size=200, batch_size=16, no_flip=True)
+        shapes = SMALL | dict(epochs=8, val_size=200, batch_size=16, lr=0.05, no_flip=True)
         return {"shapes": shapes, "svhn": dict(no_flip=True)}.get(dataset, {})
     n = len(list_folder(dataset, data_dir)[0][0])
     small = SMALL | dict(epochs=min(max(20_000 // n, 6), 100), val_size=min(max(n // 10, 1), 1000),

@@ -524,7 +524,7 @@ def panel_plot(checkpoints, draw, n=1):
 
 def landscape(axes, checkpoint, i):
     """KD-SWA's Figure 6: the loss of image i along the gradient's sign and random signs."""
-    ticks, levels = torch.linspace(-2, 2, 41), torch.logspace(-4, 2, 25)
+    ticks, levels = torch.linspace(-2, 2, 41), torch.linspace(0, 6, 25)
     model, _, x, y = next(checkpoint.take(torch.tensor([i])).batches())
     loss = F.cross_entropy(model(x.requires_grad_()), y)
     along = torch.autograd.grad(loss, x)[0].sign() * checkpoint.eps
@@ -533,8 +533,7 @@ def landscape(axes, checkpoint, i):
     with torch.no_grad():
         surface = torch.stack([F.cross_entropy(model(line + b * across), y.expand(41),
                                                reduction="none") for b in ticks]).cpu()
-    drawn = axes.contourf(ticks, ticks, surface.clamp(levels[0] * 1.01, levels[-1]), levels,
-                          norm="log", cmap="cividis")
+    drawn = axes.contourf(ticks, ticks, surface, levels, extend="max")
     axes.set(xlabel="gradient sign (eps)", ylabel="random signs (eps)")
     axes.figure.colorbar(drawn, ax=axes, label="loss", ticks=levels[::4])
     return {f"highest loss of image {i}": surface.max().item()}
