@@ -324,8 +324,8 @@ def open_image(path, size=None):
     """A file's image in RGB, resized: turned as EXIF data say, transparent parts white, 8 bits."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode == "F" or image.mode == "I" and np.any(np.asarray(image) >> 16):
-            raise ValueError("numbers of more than 16 bits have no known range")
+        if image.mode == "F" or image.mode == "I" and not 255 < np.uint32(image).max() < 2**16:
+            raise ValueError("its numbers have no known range")
         if image.mode.startswith("I"):  # 16 bits
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:

@@ -385,10 +385,10 @@ def test_other_classes_in_train_and_test_are_refused(folder, refused):
     assert "several classes in CLASS/* or train/CLASS/*" in refused(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", "cut short", np.float32(0.5), np.int32(2**16)])
+@pytest.mark.parametrize("content", [b"", "cut", np.float32(0.5), *np.int32([-5, 200, 2**16])])
 def test_a_broken_image_is_named(folder, tmp_path, refused, content):
     path = folder / "train/dog/broken.tif"
-    if content == "cut short":
+    if isinstance(content, str):
         path.write_bytes((folder / "train/dog/3.png").read_bytes()[:500])
     elif isinstance(content, bytes):
         path.write_bytes(content)
