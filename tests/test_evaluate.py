@@ -257,7 +257,7 @@ def test_classes_in_another_order_are_matched_by_name(run, tmp_path):
     model, names, order = some_network(), list(common.SHAPES), torch.randperm(10)
     save(tmp_path / "a.pt", model)
     for weight in model.linear.parameters():
-        weight.data = weight.data[order]
+        weight.detach().copy_(weight[order])
     save(tmp_path / "b.pt", model, classes=[names[i] for i in order])
     out, result = run("a.pt", "b.pt", *FAST)
     first, second = (row | dict(checkpoint=0, seconds=0) for row in result["rows"])
@@ -292,7 +292,7 @@ def test_data_of_another_machine_is_looked_for_here(run, tmp_path, monkeypatch):
 
 def test_a_network_that_answers_one_class_is_noticed(run, ours, tmp_path):
     model = some_network()
-    model.linear.bias.data[3] += 1000
+    model.linear.bias.detach()[3] += 1000
     save(tmp_path / "one.pt", model)
     out, _ = run("one.pt", "--attack", "none", "--n-examples", 16)  # of which 1.6 may be more
     assert re.search("warning: one.pt: .* % are right.* 100 % of the images get the same", out)
@@ -301,7 +301,7 @@ def test_a_network_that_answers_one_class_is_noticed(run, ours, tmp_path):
 def test_zero_gradients_are_noticed(run, ours, tmp_path):
     model = some_network()
     for weight in model.linear.parameters():
-        weight.data *= 1e6
+        weight.detach().mul_(1e6)
     save(tmp_path / "masked.pt", model)
     out, result = run(ours, "masked.pt", "--attack", "none")
     assert re.search(r"warning: masked.pt: [\d.]+ % of the input gradients are exactly 0", out)
@@ -310,7 +310,7 @@ def test_zero_gradients_are_noticed(run, ours, tmp_path):
 
 def test_networks_that_are_not_finite_are_refused_by_name(run, ours, tmp_path, capsys):
     model = some_network()
-    model.linear.bias.data[0] = math.nan
+    model.linear.bias.detach()[0] = math.nan
     save(tmp_path / "nan.pt", model)
     assert "nan.pt" in run("nan.pt", *FAST, fails=True)
     assert "nan.pt" in run(ours, "--surrogate", "nan.pt", *FAST, fails=True)
@@ -369,7 +369,7 @@ def test_rays_finds_the_boundary_without_a_gradient(monkeypatch):
 def test_rays_does_not_depend_on_the_batch_and_leaves_what_it_cannot_fool():
     model, x, y = plane(12, classes=3, size=4)
     x, y[3] = x / 255, 1
-    model.weight.data[2] = -100  # never the answer
+    model.weight.detach()[2] = -100  # never the answer
     whole = attacks.rays(model, x, y, queries=60)
     parts = [attacks.rays(model, *part, queries=60) for part in zip(x.split(1), y.split(1))]
     assert torch.allclose(whole, torch.cat(parts), atol=1e-6)
