@@ -59,8 +59,8 @@ def number(kind, low, high=2**31):
 def over_255(text):
     """An argparse type: '8' (or '8/255') on the command line is 8/255 in the program."""
     value = number(float, 0)(text.removesuffix("/255"))
-    if 0 < value <= 0.5:  # 0.5 is a usual radius in L2
-        raise argparse.ArgumentTypeError(f"the unit is 1/255: did you mean {255 * value:.4g}?")
+    if 0 < value <= 0.5 and "/" not in text:  # 0.5 is a usual radius in L2
+        raise argparse.ArgumentTypeError(f"did you mean {255 * value:.4g}/255, or {text}/255?")
     return value / 255
 
 
@@ -91,9 +91,9 @@ def training_parser(script, doc, **defaults):
     add("--arch", default="resnet18", choices=ARCHS, metavar="NAME", help=", ".join(ARCHS))
     add("--width", type=number(int, 16), help="channels of the first stage; None: 64, wrn-D-K 16 K")
     add("--activation", default="relu", choices=ACTIVATIONS, help="of the network")
-    add("--eps", type=over_255, default="8", help="perturbation radius, in units of 1/255")
+    add("--eps", type=over_255, help="radius, in units of 1/255; None: 8, for l2 128")
     add("--norm", default="linf", choices=["linf", "l2"], help="norm of the perturbation")
-    add("--attack-bn", choices=["eval", "train"], help="BatchNorm mode in the training attack")
+    add("--attack-bn", choices=["eval", "train"], help="BatchNorm in the attack; None: the paper's")
     add("--epochs", type=count, help="passes over the training images")
     add("--batch-size", type=count, default=128, help="of all processes together")
     add("--lr", type=number(float, 1e-9), default=0.1, help="the highest learning rate")
@@ -104,13 +104,12 @@ def training_parser(script, doc, **defaults):
     add("--val-size", type=count, default=1000, help="training images held out to choose best.pt")
     add("--train-size", type=count, help="number of training images; None: all")
     add("--test-size", type=count, help="number of test images; None: all")
-    add("--init-from", metavar="CKPT", help="fine-tuning: start from the weights in best.pt, ...")
+    add("--init-from", metavar="CKPT", help="fine-tuning: start from a best.pt or last.pt")
     add("--label-noise", type=share, default=0.0, help="share of training labels that are wrong")
     add("--keep-epochs", action="store_true", help="keep a checkpoint of every epoch")
     add("--seed", type=number(int, 0), default=0, help="of the weights, the order and the noise")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="to compute on")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
-        help="of training (evaluation is fp32); auto: bf16 where the hardware has it, else fp32")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of training")
     add("--compile", action="store_true", help="use torch.compile")
     add("--out", metavar="DIR", help="run folder; None: runs/METHOD-DATASET-ARCH-epsE-seedS")
     add("--resume", action="store_true", help="continue the run in --out, else the newest one")
@@ -130,6 +129,7 @@ def parse(parser, argv=None):
         if vars(args)[name] != saved[name]:
             fail(f"--{name.replace('_', '-')} differs from {args.out}/args.json: leave it out")
     args.device = device
+    args.eps = (128 if args.norm == "l2" else 8) / 255 if args.eps is None else args.eps
     if args.precision == "auto":
         native = (torch.cuda.is_bf16_supported(False) if args.device == "cuda" else
                   args.device == "cpu" and torch.cpu._is_avx512_bf16_supported())
@@ -203,7 +203,7 @@ def load_data(args):
     order, test_order = (torch.from_numpy(np.random.default_rng(0).permutation(len(part)))
                          for part in (y, test[1]))
     if args.val_size >= len(order) or (args.test_size or 0) > len(test_order):
-        fail(f"--val-size is below {len(order)} here, and --test-size at most {len(test_order)}")
+        fail(f"--val-size must be below {len(order)}, --test-size at most {len(test_order)}")
     held_out, index = order[:args.val_size], order[args.val_size:][:args.train_size]
     noisy = index[:round(args.label_noise * len(index))]
     shift = np.random.default_rng(0).integers(1, len(classes), len(noisy))
@@ -314,6 +314,7 @@ def decode(paths, args, size=None):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for i in progress(range(0, len(paths), 256), "decoding images, batch"):
                     x[i:i + 256] = [*pool.map(lambda p: open_image(p, size), paths[i:i + 256])]
+            del x  # as Windows renames no file that is open
             os.replace(temporary, cache)
         finally:
             temporary.unlink(missing_ok=True)
@@ -324,9 +325,9 @@ def open_image(path, size=None):
     """A file's image in RGB, resized: turned as EXIF data say, transparent parts white, 8 bits."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode == "F" or image.mode == "I" and not 255 < np.uint32(image).max() < 2**16:
-            raise ValueError("its numbers have no known range")
-        if image.mode.startswith("I"):  # 16 bits
+        if image.mode[0] in "FI":  # floats, or integers: those of 16 bits are scaled
+            if image.mode == "F" or not 255 < np.uint32(image).max() < 2**16:
+                raise ValueError("its numbers have no known range")
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -576,6 +577,7 @@ def exact(model):
         yield model
 
 
+@torch.no_grad()
 def still_correct(model, x, y, *attacks, batch_size=None, label="evaluating"):
     """Which images any classifier of images in [0, 1] gets right after the attacks(model, x, y) ->
     x_adv, each of which sees what the earlier ones have left: bool N. x uint8 or float."""
@@ -586,9 +588,7 @@ def still_correct(model, x, y, *attacks, batch_size=None, label="evaluating"):
             mine, correct = correct.nonzero()[RANK::WORLD, 0], torch.zeros_like(y)
             for index in progress(mine.split(size) if len(mine) else [], f"{label} {i}, batch"):
                 images = x[index.to(x.device)].to(index.device) / scale
-                x_adv = attack(model, images, y[index])
-                with torch.no_grad():
-                    logits = model(x_adv)
+                logits = model(attack(model, images, y[index]))
                 if not logits.isfinite().all():
                     fail(f"{label}: the network's logits are not finite")
                 correct[index] = (logits.argmax(1) == y[index]).long()
@@ -665,7 +665,7 @@ def claim_folder(out, name, file):
             (folder / file).touch(exist_ok=False)
             return str(folder)
         if out:
-            fail(f"{folder} holds {file}: choose another --out, or --resume that training")
+            fail(f"{folder} holds {file}: choose another --out" + " or --resume" * ("args" in file))
 
 
 class Run:

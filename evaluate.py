@@ -94,7 +94,7 @@ class Checkpoint:
         self.epoch, self.log = content["epoch"], content["rows"]
         dataset = args.dataset or common.dataset_name(self.trained["dataset"])
         data_dir, size = self.trained["data_dir"], args.image_size or self.trained["image_size"]
-        if self.ours and dataset not in common.DATASETS:
+        if dataset not in common.DATASETS and (self.ours or content["options"]["size"] > 32):
             size = size or content["options"]["size"]
         self.x, self.y, self.classes = test_images(dataset, args.data_dir or (
             data_dir if Path(data_dir).is_dir() else "data"), size, args.device)
@@ -622,10 +622,11 @@ def main(args):
                 print(f"  {verdict}  {claim}: {figures}", flush=True)
         save()
     for group in same_but_seed(checkpoints):
-        if len({checkpoint.trained.get("seed") for checkpoint in group}) == 1:
+        runs = {checkpoint.trained.get("seed"): checkpoint for checkpoint in group}.values()
+        if len(runs) == 1:
             continue
-        result["summary"].append(summarise([result["rows"][checkpoints.index(c)] for c in group]))
-        names = [re.sub(r"-?seed\d+", "", name) + f" ({len(group)} seeds)"
+        result["summary"].append(summarise([result["rows"][checkpoints.index(c)] for c in runs]))
+        names = [re.sub(r"-?seed\d+", "", name) + f" ({len(runs)} seeds)"
                  for name in (group[0].name, group[0].run)]
         for checkpoint in group:
             checkpoint.name, checkpoint.run = names  # in plots they are one line

@@ -22,7 +22,7 @@ minus signs; they cancel. With rate alpha2 for the new term, the update is
     python fast_bat.py --eps 8                              Table 2: CIFAR-10, PreActResNet-18
     python fast_bat.py --eps 16                             with a larger lmbda
     python fast_bat.py --eps 8 --hessian-aware              Table A4
-    python fast_bat.py --eps 8 --linearization corner       Table A3
+    python fast_bat.py --eps 16 --lmbda 0.17 --linearization corner       Table A3
 
 Compared with fast_at.py: the attack step follows the gradient instead of its sign, from a better
 point, and the update also accounts for how the weights move the attack.

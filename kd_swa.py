@@ -62,7 +62,7 @@ def parse_args(argv=None):
     args.alpha = part * args.eps if args.alpha is None else args.alpha
     args.attack_bn = args.attack_bn or ("eval" if args.attack == "trades" else "train")
     args.teacher_epochs = args.teacher_epochs or min(30, args.epochs)
-    if args.kd == "both" and args.lambda1 + args.lambda2 > 1:
+    if (args.kd == "both" or args.tf_kd) and args.lambda1 + args.lambda2 > 1:
         parser.error("--lambda1 and --lambda2 add up to more than 1")
     if args.iswa and args.no_swa:
         parser.error("--iswa continues from the average that --no-swa leaves out")

@@ -3,6 +3,7 @@
     python tests/compare_methods.py                          all methods on CIFAR-10, seeds 0 to 2
     python tests/compare_methods.py --group equal-time       four of them, as many epochs as fit
     python tests/compare_methods.py --group collapse         FGSM and its remedies at eps 16
+    python tests/compare_methods.py --group overfitting      PGD-AT and KD-SWA on 500 images
     python tests/compare_methods.py --markdown               the tables of all lines, and no runs
 
 Every run is a process with one thread, --jobs of them at a time. A run that has its line in the
@@ -34,7 +35,7 @@ SMALL = f"{SETTING} --train-size 5000 --val-size 500 --batch-size 64 --lr-schedu
 ALL = {name: (module.__name__, options) for name, (module, options, _) in METHODS.items()}
 GROUPS = {  # options of the group; its methods: script, and options of its own
     "table": (f"{LARGE} --eps 8 --lr 0.2 --epochs 15", ALL),
-    # As many epochs as fit into those of Fast AT, by the ratios that tests/benchmark.py measured.
+    # About as many epochs as fit into those of Fast AT on a CPU (docs/measurements.md).
     "equal-time": (f"{LARGE} --eps 8 --lr 0.2", {
         "Fast AT": ("fast_at", "--epochs 30"),
         "Fast TRADES": ("trades", "--steps 1 --init uniform --epochs 16"),
@@ -45,6 +46,9 @@ GROUPS = {  # options of the group; its methods: script, and options of its own
         **{name: ALL[name] for name in ("Fast AT", "N-FGSM", "Backward Smoothing", "Fast TRADES",
                                         "Fast-BAT")},
         "GradAlign": ("fast_at", "--init zero --grad-align 2")}),
+    "overfitting": (f"{SETTING} --train-size 500 --val-size 300 --batch-size 16 --eps 4 --lr 0.05 "
+                    "--lr-schedule piecewise --epochs 200 --attack pgd --steps 3 --alpha 2", {
+                        "PGD-AT": ("kd_swa", "--kd none --no-swa"), "KD-SWA": ("kd_swa", "")}),
 }
 FIELDS = dict(clean="clean %", pgd20="PGD-20 %", pgd50_10="PGD-50-10 %", aa_lite="AA-lite %")
 
@@ -65,7 +69,8 @@ def run(group, method, seed, options):
 
     script, own = GROUPS[group][1][method]
     words = f"--seed {seed} {GROUPS[group][0]} {own} --precision {options.precision}".split()
-    folder = ROOT / "runs/comparison" / group / f"{method.replace(' ', '-')}-seed{seed}"
+    data = Path(options.dataset).name
+    folder = ROOT / f"runs/{group}-{data}-{options.precision}/{method}-seed{seed}".replace(" ", "-")
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "result.json").exists():
         start = ["--resume"] if (folder / "args.json").exists() else [
@@ -73,7 +78,7 @@ def run(group, method, seed, options):
         call(f"{script}.py", *start, "--out", str(folder))
     result = json.loads((folder / "result.json").read_text())
     names = [name for name in ("best", "last", "swa_best", "swa_last") if name in result]
-    figures = {name: dict(clean=result[name]["test_clean"]) for name in names}
+    figures = {}
     if group in ("table", "equal-time"):  # for the others PGD-20 is enough
         shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of an interrupted one
         same = {name: (result[name]["epoch"], name[:3] == "swa") for name in names}
@@ -81,33 +86,34 @@ def run(group, method, seed, options):
         call("evaluate.py", *(str(folder / f"{name}.pt") for name in first.values()),
              "--n-examples", "1000", "--out", str(folder / "evaluation"))
         rows = json.loads((folder / "evaluation/result.json").read_text())["rows"]
-        rows = {network: {key: row[title] for key, title in FIELDS.items() if title in row}
-                for network, row in zip(first, rows)}
+        rows = {network: {key: row.get(title, "") for key, title in FIELDS.items()}
+                for network, row in zip(first, rows)}  # the training had other test images
         figures = {name: rows[same[name]] for name in names}
-    data = Path(options.dataset).name
     return [dict(group=group, method=method, seed=seed, network=name, epoch=result[name]["epoch"],
-                 clean=0, pgd20=result[name]["test_pgd"], pgd50_10="", aa_lite="", n_test=1000,
-                 train_seconds=round(result["train_seconds"], 1), data=data,
-                 precision=options.precision, torch=torch.__version__, processor=processor(),
-                 date=datetime.date.today().isoformat(),
-                 command=f"{script}.py --dataset {data} {' '.join(words)}") | figures[name]
+                 clean=result[name]["test_clean"], pgd20=result[name]["test_pgd"], pgd50_10="",
+                 aa_lite="", n_test=1000, train_seconds=round(result["train_seconds"], 1),
+                 data=data, precision=options.precision, torch=torch.__version__,
+                 processor=processor(), date=datetime.date.today().isoformat(),
+                 command=f"{script}.py --dataset {data} {' '.join(words)}") | figures.get(name, {})
             for name in names]
 
 
 def tables(lines):
     """Prints a table for each group: mean +- standard deviation over the seeds."""
-    for group, (_, methods) in GROUPS.items():
-        rows = []
-        for method, network in itertools.product(methods, ("best", "last", "swa_best", "swa_last")):
-            some = [line for line in lines if (line["group"], line["method"], line["network"]) == (
-                group, method, network)]
+    settings = sorted({(line["data"], line["precision"]) for line in lines})
+    for group, (data, precision) in itertools.product(GROUPS, settings):
+        rows, networks = [], ("best", "last", "swa_best", "swa_last")
+        for method, network in itertools.product(GROUPS[group][1], networks):
+            some = [line for line in lines if [group, data, precision, method, network] == [
+                line[key] for key in ("group", "data", "precision", "method", "network")]]
             row = dict(method=method, network=network, seeds=len(some))
             for key, title in FIELDS.items():
                 values = [float(line[key]) for line in some if line[key]]
                 row[title] = (values or [None])[0] if len(values) < 2 else dict(
                     mean=statistics.mean(values), std=statistics.stdev(values))
             rows += [row] if some else []
-        print(f"\n{group}\n\n{table(rows, markdown=True)}")
+        if rows:
+            print(f"\n{group}, {data}, {precision}\n\n{table(rows, markdown=True)}")
 
 
 def main():
@@ -126,10 +132,12 @@ def main():
     lines = list(csv.DictReader(options.csv.open() if options.csv.exists() else []))
     if options.markdown:
         return tables(lines)
-    done = {tuple(line[key] for key in ("group", "method", "seed", "data")) for line in lines}
+    done = {tuple(line[key] for key in ("group", "method", "seed", "data", "precision"))
+            for line in lines}
+    setting = Path(options.dataset).name, options.precision
     todo = [(group, method, seed) for seed in options.seeds for group in options.group
             for method in options.methods or GROUPS[group][1]
-            if (group, method, str(seed), Path(options.dataset).name) not in done]
+            if (group, method, str(seed), *setting) not in done]
     print(f"{len(todo)} runs to do; all others have their lines in {options.csv}", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = {pool.submit(run, *what, options): what for what in todo}
@@ -140,8 +148,7 @@ def main():
             with open(options.csv, "a", newline="") as file:
                 csv.writer(file).writerows([future.result()[0]] * (file.tell() == 0) + [
                     line.values() for line in future.result()])
-            print(*futures[future], *(f"{line['network']} {line['clean']:.1f} {line['pgd20']:.1f}"
-                                      for line in future.result()), flush=True)
+            print(*futures[future], "is done", flush=True)
 
 
 if __name__ == "__main__":

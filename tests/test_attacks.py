@@ -182,7 +182,8 @@ def test_eps_0_gives_the_image_itself(norm):
     for x_adv in (common.project(torch.rand_like(x), x, 0, norm), common.random_start(x, 0, norm),
                   common.pgd_attack(model, x, y, 0, 0, 3, norm=norm),
                   common.pgd_attack(model, x, y, 0, 0.1, 3, norm=norm, start="zero"),
-                  attacks.autoattack_lite(model, x, y, 0, norm=norm, steps=5)):
+                  attacks.autoattack_lite(model, x, y, 0, norm=norm, steps=5),
+                  attacks.square(model, x, y, 0, norm=norm, queries=5)):
         assert torch.equal(x_adv, x)
 
 

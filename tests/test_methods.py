@@ -102,7 +102,7 @@ def test_attacks_are_projected_gradient_ascent(smooth, images, monkeypatch):
     monkeypatch.setattr(torch, "randn_like", lambda x: 3 * noise)
     monkeypatch.setattr(common, "random_start", lambda x, eps, *_: (x + eps * noise).clamp(0, 1))
     starts = dict(zero=x, uniform=(x + EPS * noise).clamp(0, 1), normal=x + 0.003 * noise)
-    args = functools.partial(settings, kd_swa, "--alpha", 4, "--attack")
+    args = functools.partial(settings, kd_swa, "--eps", 8, "--alpha", 4, "--attack")
     for objective, start, norm, steps, x_adv in (
             ("ce", "uniform", "linf", 1, fast_at.fast_at(m, x, y, *sizes, bn="eval")),
             ("ce", "zero", "linf", 3, fast_at.fast_at(m, x, y, *sizes, 3, "zero", bn="eval")),

@@ -238,8 +238,9 @@ def test_the_defaults_of_shapes(capsys, monkeypatch, tmp_path):
     for name in ("cifar-10", "CIFAR10"):
         other = fast_at.parse_args(["--dataset", name])
         assert other.dataset == "cifar10" and not other.no_flip
-    for eps in ("8", "8/255", "8.0"):
-        assert fast_at.parse_args(["--eps", eps]).eps == 8 / 255
+    for eps in ("8", "8/255", "0.5/255"):
+        assert fast_at.parse_args(["--eps", eps]).eps == float(eps.removesuffix("/255")) / 255
+    assert fast_at.parse_args(["--norm", "l2"]).eps == 128 / 255
 
 
 # ------------------------------------------------------------------------- the scripts side by side
@@ -505,8 +506,8 @@ BAD = [
     (fast_at, "--dataset imagenet-99", "imagenet-99 is not a folder, nor one of cifar10, .*shapes"),
     (fast_at, "--dataset ./shapes", "./shapes is not a folder"),
     (fast_at, "--arch resnet19", "resnet19.*resnet18"), (fast_at, "--nonsense 1", "nonsense"),
-    (fast_at, "--eps 0.031", "unit is 1/255: did you mean 7.905"), (fast_at, "--lr 0", "--lr"),
-    (fast_at, "--eps 0.5 --norm l2", "unit is 1/255: did you mean 127.5"),
+    (fast_at, "--eps 0.031", "did you mean 7.905/255, or"), (fast_at, "--lr 0", "--lr"),
+    (fast_at, "--eps 0.5 --norm l2", "did you mean 127.5/255, or"),
     (fast_at, "--eps -3", "--eps.*-3"), (fast_at, "--eps nan", "--eps.*nan"),
     (fast_at, "--eps eight", "--eps.*eight"), (fast_at, "--alpha 0.0078", "did you mean 1.989"),
     (fast_at, "--width 8", "--width.*8 is not between 16"), (fast_at, "--epochs 0", "--epochs"),
@@ -520,6 +521,7 @@ BAD = [
     (fast_bat, "--norm l2", "--norm: Fast-BAT is defined for linf"),
     (fast_bat, "--compile", "Fast-BAT.*--compile"), (kd_swa, "--iswa --no-swa", "--iswa.*--no-swa"),
     (kd_swa, "--lambda1 0.7 --lambda2 0.7", "--lambda1 and --lambda2 add up to more than 1"),
+    (kd_swa, "--tf-kd --kd none --lambda1 0.8", "--lambda1 and --lambda2 add up to more than 1"),
 ]
 
 
