@@ -5,7 +5,7 @@ robust, one standard. Both smooth the labels (eq. 1); f are the logits, s is the
 
     min_theta  (1 - l1 - l2) CE(f(x + delta), y) + l1 KD(f(x + delta), f_robust(x + delta))
                                                  + l2 KD(f(x + delta), f_standard(x + delta))
-    KD(p, t) = -T^2 sum_j s(t / T)_j log s(p / T)_j, T = 2
+    KD(p, t) = -T^2 sum_j s(t / T)_j log s(p / T)_j, T = 2 (the factor T^2 as in the authors' code)
 
 The weights are smoothed, too (eq. 2): from the first decay of the learning rate on, once an epoch,
 

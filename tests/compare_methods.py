@@ -46,8 +46,9 @@ GROUPS = {  # options of the group; its methods: script, and options of its own
         **{name: ALL[name] for name in ("Fast AT", "N-FGSM", "Backward Smoothing", "Fast TRADES",
                                         "Fast-BAT")},
         "GradAlign": ("fast_at", "--init zero --grad-align 2")}),
-    "overfitting": (f"{SETTING} --train-size 500 --val-size 300 --batch-size 16 --eps 4 --lr 0.05 "
-                    "--lr-schedule piecewise --epochs 200 --attack pgd --steps 3 --alpha 2", {
+    "overfitting": ("--arch resnet10 --width 16 --train-size 500 --val-size 300 --test-size 5000 "
+                    "--batch-size 16 --eps 4 --lr 0.05 --lr-schedule piecewise --epochs 200 "
+                    "--attack pgd --steps 3 --alpha 2", {
                         "PGD-AT": ("kd_swa", "--kd none --no-swa"), "KD-SWA": ("kd_swa", "")}),
 }
 FIELDS = dict(clean="clean %", pgd20="PGD-20 %", pgd50_10="PGD-50-10 %", aa_lite="AA-lite %")
@@ -91,7 +92,7 @@ def run(group, method, seed, options):
         figures = {name: rows[same[name]] for name in names}
     return [dict(group=group, method=method, seed=seed, network=name, epoch=result[name]["epoch"],
                  clean=result[name]["test_clean"], pgd20=result[name]["test_pgd"], pgd50_10="",
-                 aa_lite="", n_test=1000, train_seconds=round(result["train_seconds"], 1),
+                 aa_lite="", n_test=result["n_test"], train_seconds=round(result["train_seconds"], 1),
                  data=data, precision=options.precision, torch=torch.__version__,
                  processor=processor(), date=datetime.date.today().isoformat(),
                  command=f"{script}.py --dataset {data} {' '.join(words)}") | figures.get(name, {})
