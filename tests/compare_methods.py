@@ -2,8 +2,7 @@
 
     python tests/compare_methods.py                          all methods on CIFAR-10, seeds 0 to 2
     python tests/compare_methods.py --group equal-time       four of them, as many epochs as fit
-    python tests/compare_methods.py --group collapse         FGSM and its remedies at eps 16
-    python tests/compare_methods.py --group overfitting      PGD-AT and KD-SWA on 500 images
+    python tests/compare_methods.py --group collapse overfitting     what goes wrong, and remedies
     python tests/compare_methods.py --markdown               the tables of all lines, and no runs
 
 Every run is a process with one thread, --jobs of them at a time. A run that has its line in the
@@ -92,7 +91,7 @@ def run(group, method, seed, options):
         figures = {name: rows[same[name]] for name in names}
     return [dict(group=group, method=method, seed=seed, network=name, epoch=result[name]["epoch"],
                  clean=result[name]["test_clean"], pgd20=result[name]["test_pgd"], pgd50_10="",
-                 aa_lite="", n_test=result["n_test"], train_seconds=round(result["train_seconds"], 1),
+                 aa_lite="", n_test=result["n_test"], train_seconds=round(result["train_seconds"]),
                  data=data, precision=options.precision, torch=torch.__version__,
                  processor=processor(), date=datetime.date.today().isoformat(),
                  command=f"{script}.py --dataset {data} {' '.join(words)}") | figures.get(name, {})
