@@ -451,7 +451,7 @@ def line_plot(checkpoints, measure, xlabel, span=(), **options):
             axes.plot(xs, ys, "o-", color=colour)
             axes.fill_between(xs, low, high, color=colour, alpha=0.2)
             axes.update_datalim([(xs[0], edge) for edge in span])
-            ends.append((ys[-1], xs[-1], colour, textwrap.fill(name, 26)))
+            ends.append((ys[-1], xs[-1], colour, textwrap.fill(name, 28)))
         axes.autoscale_view()
         for y, x, colour, name in sorted(ends):
             height = axes.transLimits.transform(axes.transScale.transform((x, y)))[1]
