@@ -448,7 +448,7 @@ def line_plot(checkpoints, measure, xlabel, span=(), **options):
             xs = sorted({x for x, _ in points})
             seeds = [[y for other, y in points if other == x] for x in xs]
             ys, low, high = (list(map(f, seeds)) for f in (statistics.mean, min, max))
-            axes.plot(xs, ys, "o-", color=colour)
+            axes.plot(xs, ys, "o-" if len(xs) < 50 else "-", color=colour)
             axes.fill_between(xs, low, high, color=colour, alpha=0.2)
             axes.update_datalim([(xs[0], edge) for edge in span])
             ends.append((ys[-1], xs[-1], colour, textwrap.fill(name, 28)))
