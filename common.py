@@ -326,7 +326,7 @@ def open_image(path, size=None):
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode[0] in "FI":  # floats, or integers: those of 16 bits are scaled
-            if image.mode == "F" or not 255 < np.uint32(image).max() < 2**16:
+            if image.mode == "F" or not 255 < (np.uint32(image).max() or 256) < 2**16:
                 raise ValueError("its numbers have no known range")
             image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:

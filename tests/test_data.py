@@ -262,7 +262,7 @@ def test_images_of_any_kind(folder, tmp_path):
     images = {
         "grey.png": (77, Image.new("L", (32, 32), 77), {}),
         "grey16.png": (128, Image.fromarray(np.full((32, 32), 32896, np.uint16)), {}),
-        "grey16.tif": (255, Image.fromarray(np.full((32, 32), 65535, np.uint16)), {}),
+        "black16.tif": (0, Image.fromarray(np.zeros((32, 32), np.uint16)), {}),
         "rgba.png": ([255, 127, 127], Image.new("RGBA", (32, 32), (255, 0, 0, 128)), {}),
         "la.png": (255, Image.new("LA", (32, 32), (9, 0)), {}),
         "palette.png": ([10, 20, 30], palette, {}),
