@@ -91,7 +91,7 @@ def training_parser(script, doc, **defaults):
     add("--arch", default="resnet18", choices=ARCHS, metavar="NAME", help=", ".join(ARCHS))
     add("--width", type=number(int, 16), help="channels of the first stage; None: 64, wrn-D-K 16 K")
     add("--activation", default="relu", choices=ACTIVATIONS, help="of the network")
-    add("--eps", type=over_255, help="radius, in units of 1/255; None: 8, for l2 128")
+    add("--eps", type=over_255, help="perturbation radius, in units of 1/255; None: 8, in l2 128")
     add("--norm", default="linf", choices=["linf", "l2"], help="norm of the perturbation")
     add("--attack-bn", choices=["eval", "train"], help="BatchNorm in the attack; None: the paper's")
     add("--epochs", type=count, help="passes over the training images")
