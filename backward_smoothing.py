@@ -1,6 +1,7 @@
-"""Backward Smoothing: efficient robust training (anonymous, under review at ICLR 2021).
+"""Backward Smoothing: efficient robust training (Chen et al., AAAI 2022).
 
-The objective is that of TRADES; f are the logits, s is the softmax:
+Sections, equations and tables are numbered as in its submission to ICLR 2021. The objective is
+that of TRADES; f are the logits, s is the softmax:
 
     min_theta  CE(f(x), y) + beta KL(s(f(x)) || s(f(x_adv)))
 
@@ -75,7 +76,7 @@ def backward_smoothing(model, x, eps, alpha, gamma=1.0, random_points=1, alone=F
 
 def smoothing_loss(model, x, x_adv, y, beta):
     """Algorithm 1, line 7: CE(f(x), y) + beta KL(s(f(x)) || s(f(x_adv))), averaged over the batch.
-    The gradient flows through both outputs; log_target keeps KL finite where a probability is 0."""
+    The gradient flows through both outputs; log_target keeps it finite where a probability is 0."""
     logits, logits_adv = model(x), model(x_adv)
     divergence = F.kl_div(F.log_softmax(logits_adv, dim=1), F.log_softmax(logits, dim=1),
                           log_target=True, reduction="batchmean")
@@ -87,7 +88,7 @@ def train(args):
     model = common.prepare_model(args, data)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)   # one kernel for all
-    # fp16 has no small numbers: scaling the loss up keeps gradients from being rounded to 0.
+    # fp16 rounds tiny gradients to 0, so the loss is scaled up; in fp32 and bf16 it is not.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     run = common.Run(args, data, model, optimizer, scaler)
     for epoch in range(run.epoch, args.epochs):
@@ -106,7 +107,7 @@ def train(args):
             # --- end of method ---
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            common.average(p.grad for p in model.parameters())  # over torchrun's processes
+            common.average(p.grad for p in model.parameters())  # mean over torchrun's processes
             scaler.step(optimizer)
             scaler.update()
             total += loss.detach()  # not loss.item(), which would wait for the GPU

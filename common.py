@@ -140,8 +140,8 @@ def parse(parser, argv=None):
 def small_preset(dataset, data_dir="data"):
     """Defaults for `shapes`, SVHN, and a folder of few images or where there is no GPU."""
     if dataset in DATASETS:
-        shapes = SMALL | dict(epochs=8, val_size=200, batch_size=16, lr=0.05, no_flip=True)
-        return {"shapes": shapes, "svhn": dict(no_flip=True)}.get(dataset, {})
+        drawn = SMALL | dict(epochs=8, val_size=200, test_size=500, batch_size=16, lr=0.05)
+        return {"shapes": drawn | dict(no_flip=True), "svhn": dict(no_flip=True)}.get(dataset, {})
     n = len(list_folder(dataset, data_dir)[0][0])
     small = SMALL | dict(epochs=min(max(20_000 // n, 6), 100), val_size=min(max(n // 10, 1), 1000),
                          batch_size=min(max(n // 8, 4), 32))
@@ -356,7 +356,7 @@ def draw_shapes(n, seed, size=32):
     """n images of SHAPES, x uint8 n x 3 x size x size, and y. On each lies a faint pattern of its
     class, +-4/255 per pixel, which an attack of 8/255 can turn into that of any other class."""
     rng = np.random.default_rng(seed)
-    y = rng.permutation(np.arange(n) % len(SHAPES))
+    y = rng.permutation(np.arange(n, dtype=np.int64) % len(SHAPES))
     radius = rng.uniform(0.22, 0.36, (n, 1, 1)) * size
     centre = rng.uniform(0.38, 0.62, (2, n, 1, 1)) * size
     place = np.arange(size) + 0.5
@@ -536,7 +536,7 @@ def project(x_adv, x, eps, norm="linf"):
 @torch.no_grad()
 def step(x_adv, gradient, x, eps, alpha, norm="linf"):
     """P(x_adv + alpha d), d being the gradient's sign (linf) or the unit vector along it (l2)."""
-    d = gradient.sign() if norm == "linf" else F.normalize(gradient, dim=(1, 2, 3))
+    d = gradient.sign() if norm == "linf" else F.normalize(gradient, dim=(1, 2, 3), eps=1e-30)
     return project(x_adv + alpha * d, x, eps, norm)
 
 
@@ -581,7 +581,7 @@ def exact(model):
 def still_correct(model, x, y, *attacks, batch_size=None, label="evaluating"):
     """Which images any classifier of images in [0, 1] gets right after the attacks(model, x, y) ->
     x_adv, each of which sees what the earlier ones have left: bool N. x uint8 or float."""
-    size = batch_size or (128 if y.is_cpu else 1000) * 32**2 // x.shape[2:].numel() or 1
+    size = batch_size or (128 if y.is_cpu else 500) * 32**2 // x.shape[2:].numel() or 1
     correct, scale = torch.ones_like(y), 255 if x.dtype == torch.uint8 else 1
     with exact(model) as model:
         for i, attack in enumerate(attacks or [lambda model, x, y: x], 1):
@@ -617,7 +617,7 @@ def learning_rate(args, epoch):
 
 @torch.no_grad()
 def average(tensors):
-    """Replaces each tensor by its mean over all processes. (DDP does not allow attacks' passes.)"""
+    """Replaces each tensor by its mean over all processes. (DDP does not support autograd.grad.)"""
     tensors = [t for t in tensors if WORLD > 1 and t is not None and t.is_floating_point()]
     if tensors:
         mean = torch.cat([tensor.flatten() for tensor in tensors]) / WORLD
@@ -638,7 +638,7 @@ def load(path, device="cpu"):
 def load_model(path, device="cpu"):
     """The network in a checkpoint of these scripts, in eval mode, and the checkpoint, a dict."""
     checkpoint = load(path, device)
-    if "options" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "options" not in checkpoint:
         fail(f"{path} is not a checkpoint of these scripts")
     model = Classifier(**checkpoint["options"]).to(device)
     model.load_state_dict(checkpoint["model"])

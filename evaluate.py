@@ -1,14 +1,12 @@
 """Evaluates checkpoints: accuracy under attack, signs of gradient masking, and plots.
 
     python evaluate.py runs/*/best.pt                              clean, PGD-50-10, AutoAttack-lite
-    python evaluate.py runs/.../best.pt --attack lite square --n-examples 200
-    python evaluate.py runs/.../best.pt --checklist --surrogate runs/.../best.pt
     python evaluate.py runs/a/best.pt runs/b/best.pt --attack none --plots
     python evaluate.py weights.pth --arch resnet18 --dataset cifar10     a state dict from elsewhere
 
 All is computed in fp32. An attack only gets the images that are classified correctly without it, a
-restart those that are left, so that accuracies under attack are upper bounds. eps, step sizes and
-distances are in units of 1/255. Runs that differ only in the seed are averaged in one row more.
+restart those that are left. Accuracies under attack are upper bounds. eps, step sizes and distances
+are in units of 1/255. Runs that differ only in the seed are also averaged in an additional row.
 """
 
 import copy
@@ -16,6 +14,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -100,12 +99,16 @@ class Checkpoint:
             data_dir if Path(data_dir).is_dir() else "data"), size, args.device)
         self.model = model = load_network(content, path, self.classes).to(args.device)
         self.norm = args.norm or self.trained["norm"]
+        if args.eps is None and self.norm != self.trained["norm"]:
+            common.fail(f"--norm is not that of {path}: add --eps")
         self.eps = self.trained["eps"] if args.eps is None else args.eps  # for images in [0, 1]
         self.about = dict(checkpoint=path, dataset=Path(dataset).name, arch=model.options["arch"],
                           normalisation=content.get("normalisation", "of the run"))
-        self.name = "/".join(Path(path).with_suffix("").parts[-2:]).replace("$", r"\$")  # in plots
         self.average = "swa_" * Path(path).name.startswith("swa_")  # of KD-SWA
-        self.run = (Path(self.name).parent.name or self.name) + " (average)" * bool(self.average)
+        start = os.path.commonpath([Path(p).absolute().parent.parent for p in args.checkpoints])
+        self.name = os.path.relpath(os.path.splitext(path)[0], start).replace("$", r"\$")
+        folder = os.path.dirname(self.name) if self.ours else self.name
+        self.run = folder + " (average)" * bool(self.average)  # both for plots
         if args.n_examples:
             vars(self).update(vars(self.choose(args.n_examples)))
 
@@ -327,7 +330,7 @@ def inspect(checkpoint, clean):
         print(f"{start}: {clean:.1f} % are right, and by chance {100 / classes:.1f} % would be; "
               f"{predicted.max():.0f} % of the images get the same prediction")
     if zeros > 1:
-        print(f"{start}: {zeros:.1f} % of the input gradients are exactly 0, which attacks follow")
+        print(f"{start}: {zeros:.1f} % of the input gradients are exactly 0: attacks need them")
     return zeros
 
 
@@ -412,13 +415,13 @@ def checklist(checkpoint, row, kept):
         f"{share:.1f} % at {radius * 255:.0f}" for share, radius in zip(shares, radii))))
     one, ten, hundred = (percent(checkpoint.withstand([checkpoint.pgd(eps, alpha, n)], f"PGD-{n}"))
                          for n, alpha in ((1, eps), (10, eps / 4), (100, eps / 4)))
-    found.append((one >= ten - 1 and ten >= hundred - 1, "more attack steps help no network",
+    found.append((one >= ten - 1 and ten >= hundred - 1, "accuracy does not rise with more steps",
                   f"{one:.1f} % after 1, {ten:.1f} % after 10, {hundred:.1f} % after 100"))
     found.append((row["zero gradients %"] <= 1, "input gradients are not 0",
                   f"{row['zero gradients %']:.1f} % of them are exactly 0"))
     with torch.no_grad():
         model, _, x, _ = next(checkpoint.batches())
-        found.append((torch.equal(model(x), model(x)), "the network is not random",
+        found.append((torch.equal(model(x), model(x)), "the network is deterministic",
                       "logits of the same images, computed twice"))
     return [("pass" if holds else "WARN", *rest) for holds, *rest in found]
 
@@ -426,15 +429,14 @@ def checklist(checkpoint, row, kept):
 # ------------------------------------------------------------------------------------------- plots
 def new_figure(rows, columns, width, height):
     import matplotlib.figure  # takes half a second
-    matplotlib.rcParams.update({"font.size": 14, "axes.grid": True, "lines.linewidth": 2.5})
+    matplotlib.rcParams.update({"font.size": 18, "axes.grid": True, "lines.linewidth": 3})
     figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def line_plot(checkpoints, measure, xlabel, span=(), **options):
     """A panel for each key of measure(checkpoint): title -> list of (x, y). Several y at one x, of
-    several seeds, make a band around their mean. Names stand at the ends of the lines, and the
-    vertical axes include `span`."""
+    several seeds, make a band around their mean. The vertical axes include `span`."""
     values, panels = [measure(checkpoint) for checkpoint in checkpoints], {}
     for checkpoint, numbers in zip(checkpoints, values):
         name = checkpoint.run if xlabel == "epoch" else checkpoint.name
@@ -442,8 +444,8 @@ def line_plot(checkpoints, measure, xlabel, span=(), **options):
             panels.setdefault(title, {}).setdefault(name, []).extend(points)
     figure, (row,) = new_figure(1, len(panels), 4.5 * len(panels) + 3, 5)
     for axes, (title, lines) in zip(row, panels.items()):
-        axes.set(title=textwrap.fill(title, 26), xlabel=xlabel, **options)
-        ends, lowest = [], -1
+        axes.set(title=textwrap.fill(title, 20), xlabel=xlabel, **options)
+        ends, top = [], -1
         for colour, (name, points) in zip(itertools.cycle(COLOURS), lines.items()):
             xs = sorted({x for x, _ in points})
             seeds = [[y for other, y in points if other == x] for x in xs]
@@ -451,12 +453,14 @@ def line_plot(checkpoints, measure, xlabel, span=(), **options):
             axes.plot(xs, ys, "o-" if len(xs) < 50 else "-", color=colour)
             axes.fill_between(xs, low, high, color=colour, alpha=0.2)
             axes.update_datalim([(xs[0], edge) for edge in span])
-            ends.append((ys[-1], xs[-1], colour, textwrap.fill(name, 28)))
+            ends.append((ys[-1], xs[-1], colour, textwrap.wrap(name, 16, break_long_words=False)))
         axes.autoscale_view()
-        for y, x, colour, name in sorted(ends):
+        axes.locator_params("x", integer=True)
+        for y, x, colour, words in sorted(ends):
             height = axes.transLimits.transform(axes.transScale.transform((x, y)))[1]
-            lowest = max(height, lowest + 0.07 * (1 + name.count("\n")))  # not onto each other
-            axes.annotate(name, (1.02, lowest), xycoords="axes fraction", color=colour, va="center")
+            low = max(height - 0.04 * len(words), top)  # so that names do not overlap
+            top = low + 0.08 * len(words)
+            axes.text(1.02, low, "\n".join(words), color=colour, transform=axes.transAxes)
     return figure, values
 
 
@@ -523,18 +527,19 @@ def panel_plot(checkpoints, draw, n=1):
 
 
 def landscape(axes, checkpoint, i):
-    """KD-SWA's Figure 6: the loss of image i along the gradient's sign and random signs."""
+    """KD-SWA's Figure 6: the loss of image i along the gradient (linf: its sign) and at random."""
     ticks, levels = torch.linspace(-2, 2, 41), torch.linspace(0, 6, 25)
     model, _, x, y = next(checkpoint.take(torch.tensor([i])).batches())
     loss = F.cross_entropy(model(x.requires_grad_()), y)
-    along = torch.autograd.grad(loss, x)[0].sign() * checkpoint.eps
-    across = torch.randn_like(along).sign() * checkpoint.eps
+    along, across = (checkpoint.eps * (
+        part.sign() if checkpoint.norm == "linf" else F.normalize(part, dim=(1, 2, 3), eps=1e-30))
+        for part in (torch.autograd.grad(loss, x)[0], torch.randn_like(x)))
     line = x.detach() + ticks.to(x.device).view(-1, 1, 1, 1) * along
     with torch.no_grad():
         surface = torch.stack([F.cross_entropy(model(line + b * across), y.expand(41),
                                                reduction="none") for b in ticks]).cpu()
     drawn = axes.contourf(ticks, ticks, surface, levels, extend="max")
-    axes.set(xlabel="gradient sign (eps)", ylabel="random signs (eps)")
+    axes.set(xlabel="along the gradient (eps)", ylabel="at random (eps)")
     axes.figure.colorbar(drawn, ax=axes, label="loss", ticks=levels[::4])
     return {f"highest loss of image {i}": surface.max().item()}
 
@@ -559,8 +564,6 @@ def sheet(checkpoints):
     takes them for. "fooled" is the share of those that were right before."""
     n, columns, values = len(checkpoints), min(10, len(checkpoints[0].y.unique())), []
     figure, rows = new_figure(3 * n, columns, 1.25 * columns + 1, 4.4 * n)
-    for axes in rows.flat:
-        axes.set(xticks=[], yticks=[])
     for checkpoint, lines in zip(checkpoints, rows.reshape(n, 3, columns)):
         first = [(checkpoint.y == c).nonzero()[0, 0] for c in checkpoint.y.unique()[:columns]]
         x, y, x_adv, *logits = checkpoint.take(torch.stack(first)).attacked(20)
@@ -571,6 +574,7 @@ def sheet(checkpoints):
             line[0].set_ylabel(word, fontsize=11)
             for axes, image, guess, truth in zip(line, images, guesses, y):
                 axes.imshow(image.permute(1, 2, 0).cpu().numpy())
+                axes.set(xticks=[], yticks=[])
                 name = checkpoint.classes[guess][:11] if images is not delta else ""
                 axes.set_title(name, fontsize=11, color=COLOURS[int(guess != truth)])
         middle = lines[0, columns // 2]
@@ -598,9 +602,6 @@ def main(args):
 
     checkpoints, surrogates = ([Checkpoint(path, args) for path in paths]
                                for paths in (args.checkpoints, args.surrogate))
-    for checkpoint in checkpoints:
-        if args.eps is None and checkpoint.norm != checkpoint.trained["norm"]:
-            common.fail(f"--norm is not that of {checkpoint.path}: add --eps")
     for surrogate in surrogates:
         if any(surrogate.classes != checkpoint.classes for checkpoint in checkpoints):
             common.fail(f"{surrogate.path} cannot be a surrogate: it knows other classes")
@@ -626,10 +627,10 @@ def main(args):
         if len(runs) == 1:
             continue
         result["summary"].append(summarise([result["rows"][checkpoints.index(c)] for c in runs]))
-        names = [re.sub(r"-?seed\d+", "", name) + f" ({len(runs)} seeds)"
-                 for name in (group[0].name, group[0].run)]
-        for checkpoint in group:
-            checkpoint.name, checkpoint.run = names  # in plots they are one line
+        names = [re.sub(r"-?seed\d+", "", name) for name in (group[0].name, group[0].run)]
+        epochs = min(len(checkpoint.log) for checkpoint in group)
+        for checkpoint in group:  # in plots they are one line
+            checkpoint.name, checkpoint.run, checkpoint.log = *names, checkpoint.log[:epochs]
     print("\n" + table(result["rows"] + result["summary"], args.markdown), flush=True)
     for i, checkpoint in enumerate(checkpoints if args.save_images and common.RANK == 0 else [], 1):
         x, y, x_adv, *logits = (part.cpu() for part in
@@ -640,7 +641,6 @@ def main(args):
     few = [checkpoint.choose(args.n_plot) for checkpoint in checkpoints]
     for name in args.plots:
         torch.manual_seed(args.seed)
-        save()
         try:
             figure, values = PLOTS[name](few)
             if common.RANK == 0:

@@ -91,7 +91,8 @@ def misalignment(model, x, y, eps, norm="linf", bn="train"):
         target, = torch.autograd.grad(loss, clean)
         loss = F.cross_entropy(model(noisy), y, reduction="sum")
         gradient, = torch.autograd.grad(loss, noisy, create_graph=True)
-    target, gradient = target.flatten(1), gradient.flatten(1)
+    target, gradient = (F.normalize(g.flatten(1), float("inf"), 1, 1e-37)  # or squares become 0
+                        for g in (target, gradient))
     seen = target.any(1) & gradient.any(1)  # where one of them is 0 there is no angle
     cosine = F.cosine_similarity(target, gradient, eps=1e-12)
     return (seen * (1 - cosine)).sum() / seen.sum().clamp(min=1)
@@ -111,7 +112,7 @@ def train(args):
     model = common.prepare_model(args, data)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)   # one kernel for all
-    # fp16 has no small numbers: scaling the loss up keeps gradients from being rounded to 0.
+    # fp16 rounds tiny gradients to 0, so the loss is scaled up; in fp32 and bf16 it is not.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     run = common.Run(args, data, model, optimizer, scaler)
     for epoch in range(run.epoch, args.epochs):
@@ -136,7 +137,7 @@ def train(args):
             # --- end of method ---
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            common.average(p.grad for p in model.parameters())  # over torchrun's processes
+            common.average(p.grad for p in model.parameters())  # mean over torchrun's processes
             scaler.step(optimizer)
             scaler.update()
             total += loss.detach()  # not loss.item(), which would wait for the GPU

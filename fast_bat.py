@@ -1,7 +1,8 @@
 """Fast-BAT: fast adversarial training as bi-level optimisation (Zhang et al., ICML 2022).
 
 The attack is itself the solution of an optimisation problem, linearised at a point z of the set C
-of allowed perturbations (eq. 7), with l_atk = -CE and l_tr = CE:
+of allowed perturbations (eq. 7; numbers are those of the submission to ICLR 2022), with
+l_atk = -CE and l_tr = CE:
 
     min_theta  CE(theta, delta*(theta))
     delta*(theta) = argmin over C of <delta - z, grad l_atk(theta, z)> + lmbda/2 |delta - z|^2
@@ -11,13 +12,13 @@ So delta* depends on theta, and the chain rule adds a term that Fast AT ignores.
 strictly inside its bounds, d delta*/d theta = (1/lmbda) grad_theta grad_delta CE(theta, z); on a
 bound it is 0; the 0/1 mask H_C says which. The paper's (11) takes this derivative at delta* instead
 of z. We follow (8), whose derivative it is, and the authors' code. (11) has l_atk = -CE, hence its
-minus signs; they cancel. With rate alpha2 for the new term, the update is
+minus signs; they cancel. With weight alpha2, relative to alpha1, for the new term, the update is
 
     z     <- P(delta0 + (1/lmbda) grad_delta CE(theta, delta0)), delta0 ~ U(-eps, eps)
     delta <- P(z + (1/lmbda) grad_delta CE(theta, z))
     v     <- H_C grad_delta CE(theta, delta)
     theta <- theta - alpha1 grad_theta CE(theta, delta)
-                   - (alpha2/lmbda) grad_theta <grad_delta CE(theta, z), v>
+                   - (alpha1 alpha2/lmbda) grad_theta <grad_delta CE(theta, z), v>
 
     python fast_bat.py --eps 8                              Table 2: CIFAR-10, PreActResNet-18
     python fast_bat.py --eps 16                             with a larger lmbda
@@ -43,8 +44,8 @@ def parse_args(argv=None):
         "sign; the random point itself; or a random corner (Table A3)")
     add("--lmbda", type=common.number(float, 1e-6), help="weight of |delta - z|^2; None: 255/5000 "
         "up to eps 8, 255/2000 above")
-    add("--alpha2", type=common.number(float, 0), help="rate of the implicit gradient, relative to "
-        "the learning rate; None: 0.1 lmbda")
+    add("--alpha2", type=common.number(float, 0), help="weight of the implicit gradient, relative "
+        "to that of the other one; None: 0.1 lmbda")
     add("--hessian-aware", action="store_true", help="keep the second derivative of l_atk")
     args = common.parse(parser, argv)
     if args.lmbda is None:
@@ -63,7 +64,7 @@ def linearization_point(model, x, y, low, high, eps, lmbda, linearization):
     point = x + eps * torch.randn_like(x).sign() if corner else common.random_start(x, eps)
     if linearization in ("pgd", "pgd-nosign"):
         point.requires_grad_()
-        loss = F.cross_entropy(model(point), y, reduction="sum")
+        loss = F.cross_entropy(model(point), y, reduction="sum")  # a mean would shrink the step
         gradient, = torch.autograd.grad(loss, point)
         move = gradient / lmbda if linearization == "pgd-nosign" else 0.5 * eps * gradient.sign()
         point = point.detach() + move
@@ -116,7 +117,7 @@ def train(args):
     model = common.prepare_model(args, data)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)   # one kernel for all
-    # fp16 has no small numbers: scaling the loss up keeps gradients from being rounded to 0.
+    # fp16 rounds tiny gradients to 0, so the loss is scaled up; in fp32 and bf16 it is not.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     run = common.Run(args, data, model, optimizer, scaler)
     for epoch in range(run.epoch, args.epochs):
@@ -133,7 +134,7 @@ def train(args):
             # --- end of method ---
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            common.average(p.grad for p in model.parameters())  # over torchrun's processes
+            common.average(p.grad for p in model.parameters())  # mean over torchrun's processes
             scaler.step(optimizer)
             scaler.update()
             total += loss.detach()  # not loss.item(), which would wait for the GPU

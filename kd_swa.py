@@ -152,11 +152,11 @@ def train(args):
     model = common.prepare_model(args, data)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)   # one kernel for all
-    # fp16 has no small numbers: scaling the loss up keeps gradients from being rounded to 0.
+    # fp16 rounds tiny gradients to 0, so the loss is scaled up; in fp32 and bf16 it is not.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     run = common.Run(args, data, model, optimizer, scaler)
     # --- method ---
-    averaged = run.keep("averaged", AveragedModel(model))  # their mean so far, and how many
+    averaged = run.keep("averaged", AveragedModel(model))  # mean so far, and its count
     averaged.module.dtype = torch.float32  # the precision in which it is evaluated
     if averaged.n_averaged > 0:
         run.models["swa_"] = averaged.module
@@ -175,7 +175,7 @@ def train(args):
             # --- end of method ---
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            common.average(p.grad for p in model.parameters())  # over torchrun's processes
+            common.average(p.grad for p in model.parameters())  # mean over torchrun's processes
             scaler.step(optimizer)
             scaler.update()
             total += loss.detach()  # not loss.item(), which would wait for the GPU

@@ -63,7 +63,7 @@ def trades(model, x, eps, alpha, steps=10, init="normal", norm="linf", bn="eval"
 
 def trades_loss(model, x, x_adv, y, beta):
     """CE(f(x), y) + beta KL(s(f(x)) || s(f(x_adv))), averaged over the batch. The gradient flows
-    through both outputs; log_target keeps KL finite where a probability is rounded to 0."""
+    through both outputs; log_target keeps it finite where a probability is rounded to 0."""
     logits, logits_adv = model(x), model(x_adv)
     divergence = F.kl_div(F.log_softmax(logits_adv, dim=1), F.log_softmax(logits, dim=1),
                           log_target=True, reduction="batchmean")
@@ -75,7 +75,7 @@ def train(args):
     model = common.prepare_model(args, data)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)   # one kernel for all
-    # fp16 has no small numbers: scaling the loss up keeps gradients from being rounded to 0.
+    # fp16 rounds tiny gradients to 0, so the loss is scaled up; in fp32 and bf16 it is not.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     run = common.Run(args, data, model, optimizer, scaler)
     for epoch in range(run.epoch, args.epochs):
@@ -91,7 +91,7 @@ def train(args):
             # --- end of method ---
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            common.average(p.grad for p in model.parameters())  # over torchrun's processes
+            common.average(p.grad for p in model.parameters())  # mean over torchrun's processes
             scaler.step(optimizer)
             scaler.update()
             total += loss.detach()  # not loss.item(), which would wait for the GPU

@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 
-TINY = ["--dataset", "shapes", "--epochs", "2", "--train-size", "64", "--val-size", "20",
-        "--test-size", "40", "--batch-size", "16", "--precision", "fp32"]
+TINY = ["--dataset", "shapes", "--epochs", "2", "--train-size", "64", "--val-size", "10",
+        "--test-size", "20", "--batch-size", "16", "--precision", "fp32"]
 
 
 @pytest.fixture

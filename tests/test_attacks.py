@@ -170,6 +170,7 @@ def test_projection_and_steps_by_hand():
             (common.step(x, gradient, x, 0.1, 0.05), (0.55, 0.45, 0.98, 0)),
             (common.step(x, gradient, x, 0.1, 0.05, "l2"), (0.53, 0.46, 0.98, 0)),
             (common.step(x, 0 * gradient, x, 0.1, 0.05, "l2"), (0.5, 0.5, 0.98, 0)),
+            (common.step(x, gradient / 1e18, x, 0.1, 0.05, "l2"), (0.53, 0.46, 0.98, 0)),
             (common.step(far, gradient, x, 0.1, 0.05, "l2"), (0.56, 0.42, 0.98, 0)),
             (common.project(x + 0.3, x, 0.1), (0.6, 0.6, 1, 0.1)),
             (common.project(far, x, 0.1, "l2"), (0.56, 0.42, 0.98, 0))):

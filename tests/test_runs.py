@@ -84,23 +84,23 @@ def test_a_run_folder_holds_all_it_should(script, drawn, tmp_path):
     assert about["versions"]["torch"] == torch.__version__ and "--seed" in about["command"]
     result = json.loads((folder / "result.json").read_text())
     best, last = result["best"], result["last"]
-    assert last["epoch"] == 2 and result["n_test"] == 40
+    assert last["epoch"] == 2 and result["n_test"] == 20
     assert best["val_pgd"] == max(float(row["val_pgd"]) for row in rows)
-    for line in (".*64 training, 20 held-out, 40 test images", r" +2 +0\.\d+ +\d", r"best +\d",
+    for line in (".*64 training, 10 held-out, 20 test images", r" +2 +0\.\d+ +\d", r"best +\d",
                  "last +2 ", rf"difference +{best['test_clean'] - last['test_clean']:.2f} "):
         assert re.search(f"^{line}", out, re.M), line
 
     # What it says can be computed from best.pt alone.
     model, checkpoint = common.load_model(folder / "best.pt")
     assert not model.training and checkpoint["classes"] == list(common.SHAPES)
-    test = common.load_data(data_options(test_size=40)).test
+    test = common.load_data(data_options(test_size=20)).test
     assert common.accuracy(model, *test, 4 / 255) == (best["test_clean"], best["test_pgd"])
 
     # And best.pt needs none of our code: official names, and the normalisation beside them.
     content = torch.load(folder / "best.pt", weights_only=True)
     assert {"conv1.weight", "bn1.running_var", "layer2.0.shortcut.0.weight",
             "linear.bias"} <= content["model"].keys()
-    x = common.load_data(data_options(val_size=20, train_size=64)).train
+    x = common.load_data(data_options(val_size=10, train_size=64)).train
     x = x[0][x[2]].double() / 255
     for name, value in (("mean", x.mean((0, 2, 3))), ("std", x.std((0, 2, 3)))):
         assert torch.allclose(content[name].flatten().double(), value, atol=1e-4)
@@ -529,7 +529,6 @@ BAD = [
 def test_bad_options_get_one_line_and_status_2(script, tmp_path, monkeypatch, module, options,
                                                message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(common, "WORLD", 3 if "--batch-size 32" in options else 1)
     one_line(script(module, *TINY, *options.split()), message)
     assert not (tmp_path / "runs").exists()  # nothing is left behind
 
