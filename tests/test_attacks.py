@@ -271,7 +271,7 @@ def test_each_attack_gets_what_the_earlier_ones_have_left():
 
 
 def test_batches_are_smaller_for_large_images():
-    """By default they hold as many pixels as 128 images of 32x32 (1000 on a GPU)."""
+    """By default they hold as many pixels as 128 images of 32x32 (500 on a GPU)."""
     for size, batch in ((32, [128, 2]), (64, [32] * 4 + [2]), (512, [1] * 3)):
         model, x = Brightness(), torch.rand(sum(batch), 3, size, size)
         model.__deepcopy__ = lambda memo: model  # so that `seen` is not that of a copy
