@@ -499,7 +499,7 @@ def prepare_model(args, data):
 @contextlib.contextmanager
 def attacking(model, x, bn="eval"):
     """Surrounds every attack on x: the model computes as in evaluation or, with "train", normalises
-    by the batch's statistics, and is left as it was. ValueError (CUDA: assertion) outside [0, 1]."""
+    by the batch's statistics, and is left as it was. ValueError (CUDA: assert) outside [0, 1]."""
     inside, message = ((x >= -1e-6) & (x <= 1 + 1e-6)).all(), "attacks take images in [0, 1]"
     if x.device.type == "cuda":
         torch._assert_async(inside, message)  # unlike an `if`, this does not make the host wait
