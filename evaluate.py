@@ -99,15 +99,15 @@ class Checkpoint:
             data_dir if Path(data_dir).is_dir() else "data"), size, args.device)
         self.model = model = load_network(content, path, self.classes).to(args.device)
         self.norm = args.norm or self.trained["norm"]
-        if args.eps is None and self.norm != self.trained["norm"]:
+        if args.eps is None and self.norm != self.trained["norm"] and path in args.checkpoints:
             common.fail(f"--norm is not that of {path}: add --eps")
         self.eps = self.trained["eps"] if args.eps is None else args.eps  # for images in [0, 1]
         self.about = dict(checkpoint=path, dataset=Path(dataset).name, arch=model.options["arch"],
                           normalisation=content.get("normalisation", "of the run"))
         self.average = "swa_" * Path(path).name.startswith("swa_")  # of KD-SWA
-        start = os.path.commonpath([Path(p).absolute().parent.parent for p in args.checkpoints])
-        self.name = os.path.relpath(os.path.splitext(path)[0], start).replace("$", r"\$")
-        folder = os.path.dirname(self.name) if self.ours else self.name
+        shared = os.path.commonprefix([Path(p).parts[:-2] for p in args.checkpoints])
+        self.name = "/".join(Path(path).with_suffix("").parts[len(shared):]).replace("$", r"\$")
+        folder = self.ours and os.path.dirname(self.name) or self.name
         self.run = folder + " (average)" * bool(self.average)  # both for plots
         if args.n_examples:
             vars(self).update(vars(self.choose(args.n_examples)))
@@ -271,8 +271,8 @@ def convert_foreign(content, path, args):
 
 # --------------------------------------------------------------------------------------- the table
 def chosen_attacks(checkpoint, surrogates):
-    """The attacks within eps that are asked for: name -> (column, list of attack(model, x, y) ->
-    x_adv). Each has noise of its own, so that it does not matter which others there are."""
+    """The attacks within eps, name -> (column, list of attack(model, x, y) -> x_adv), each with its
+    own noise, so that it does not matter which others there are."""
     def transfer(model, x, y, surrogate):
         with common.exact(surrogate.model) as source:
             return pgd()(source, x, y)
@@ -453,7 +453,7 @@ def line_plot(checkpoints, measure, xlabel, span=(), **options):
             axes.plot(xs, ys, "o-" if len(xs) < 50 else "-", color=colour)
             axes.fill_between(xs, low, high, color=colour, alpha=0.2)
             axes.update_datalim([(xs[0], edge) for edge in span])
-            ends.append((ys[-1], xs[-1], colour, textwrap.wrap(name, 16, break_long_words=False)))
+            ends.append((ys[-1], xs[-1], colour, textwrap.wrap(name, 18)))
         axes.autoscale_view()
         axes.locator_params("x", integer=True)
         for y, x, colour, words in sorted(ends):
@@ -530,10 +530,9 @@ def landscape(axes, checkpoint, i):
     """KD-SWA's Figure 6: the loss of image i along the gradient (linf: its sign) and at random."""
     ticks, levels = torch.linspace(-2, 2, 41), torch.linspace(0, 6, 25)
     model, _, x, y = next(checkpoint.take(torch.tensor([i])).batches())
-    loss = F.cross_entropy(model(x.requires_grad_()), y)
-    along, across = (checkpoint.eps * (
-        part.sign() if checkpoint.norm == "linf" else F.normalize(part, dim=(1, 2, 3), eps=1e-30))
-        for part in (torch.autograd.grad(loss, x)[0], torch.randn_like(x)))
+    gradient, = torch.autograd.grad(1e12 * F.cross_entropy(model(x.requires_grad_()), y), x)
+    unit = functools.partial(F.normalize, dim=(1, 2, 3)) if checkpoint.norm == "l2" else torch.sign
+    along, across = (checkpoint.eps * unit(part) for part in (gradient, torch.randn_like(x)))
     line = x.detach() + ticks.to(x.device).view(-1, 1, 1, 1) * along
     with torch.no_grad():
         surface = torch.stack([F.cross_entropy(model(line + b * across), y.expand(41),
@@ -627,7 +626,7 @@ def main(args):
         if len(runs) == 1:
             continue
         result["summary"].append(summarise([result["rows"][checkpoints.index(c)] for c in runs]))
-        names = [re.sub(r"-?seed\d+", "", name) for name in (group[0].name, group[0].run)]
+        names = [re.sub(r"[-/]?seed\d+", "", old) or old for old in (group[0].name, group[0].run)]
         epochs = min(len(checkpoint.log) for checkpoint in group)
         for checkpoint in group:  # in plots they are one line
             checkpoint.name, checkpoint.run, checkpoint.log = *names, checkpoint.log[:epochs]
@@ -635,12 +634,13 @@ def main(args):
     for i, checkpoint in enumerate(checkpoints if args.save_images and common.RANK == 0 else [], 1):
         x, y, x_adv, *logits = (part.cpu() for part in
                                 checkpoint.choose(args.save_images).attacked(args.steps))
-        predictions, predictions_adv = (part.argmax(1) for part in logits)
-        torch.save(dict(x=x, x_adv=x_adv, y=y, classes=checkpoint.classes, predictions=predictions,
-                        predictions_adv=predictions_adv), folder / f"images{f'-{i}' * (i > 1)}.pt")
+        found = dict(zip(("predictions", "predictions_adv"), (part.argmax(1) for part in logits)))
+        torch.save(found | dict(x=x, x_adv=x_adv, y=y, classes=checkpoint.classes),
+                   folder / f"images{f'-{i}' * (i > 1)}.pt")
     few = [checkpoint.choose(args.n_plot) for checkpoint in checkpoints]
     for name in args.plots:
         torch.manual_seed(args.seed)
+        save()
         try:
             figure, values = PLOTS[name](few)
             if common.RANK == 0:

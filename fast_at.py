@@ -91,10 +91,11 @@ def misalignment(model, x, y, eps, norm="linf", bn="train"):
         target, = torch.autograd.grad(loss, clean)
         loss = F.cross_entropy(model(noisy), y, reduction="sum")
         gradient, = torch.autograd.grad(loss, noisy, create_graph=True)
-    target, gradient = (F.normalize(g.flatten(1), float("inf"), 1, 1e-37)  # or squares become 0
-                        for g in (target, gradient))
-    seen = target.any(1) & gradient.any(1)  # where one of them is 0 there is no angle
-    cosine = F.cosine_similarity(target, gradient, eps=1e-12)
+    both = target.flatten(1), gradient.flatten(1)
+    sizes = [g.detach().abs().amax(1, keepdim=True) for g in both]
+    seen = (torch.cat(sizes, 1) > 1e-30).all(1)  # where one of them is 0 there is no angle
+    # Scaled, as the squares of a sure network's small gradients would be rounded to 0.
+    cosine = F.cosine_similarity(*(g / size.clamp(min=1e-30) for g, size in zip(both, sizes)))
     return (seen * (1 - cosine)).sum() / seen.sum().clamp(min=1)
 
 
