@@ -124,7 +124,7 @@ def main():
     add("--dataset", default="cifar10", help="cifar10, or a folder of its images")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--methods", nargs="+", help="some of the group's; default: all")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 needs a processor with it")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: if in hardware")
     add("--jobs", type=int, default=2)
     add("--markdown", action="store_true")
     add("--csv", type=Path, default=ROOT / "docs/comparison.csv")
