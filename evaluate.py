@@ -445,7 +445,7 @@ def line_plot(checkpoints, measure, xlabel, span=(), **options):
     figure, (row,) = new_figure(1, len(panels), 4.5 * len(panels) + 3, 5)
     for axes, (title, lines) in zip(row, panels.items()):
         axes.set(title=textwrap.fill(title, 20), xlabel=xlabel, **options)
-        ends, top = [], -1
+        ends, limit = [], 1
         for colour, (name, points) in zip(itertools.cycle(COLOURS), lines.items()):
             xs = sorted({x for x, _ in points})
             seeds = [[y for other, y in points if other == x] for x in xs]
@@ -456,11 +456,11 @@ def line_plot(checkpoints, measure, xlabel, span=(), **options):
             ends.append((ys[-1], xs[-1], colour, textwrap.wrap(name, 18)))
         axes.autoscale_view()
         axes.locator_params("x", integer=True)
-        for y, x, colour, words in sorted(ends):
+        for y, x, colour, words in sorted(ends, reverse=True):
             height = axes.transLimits.transform(axes.transScale.transform((x, y)))[1]
-            low = max(height - 0.04 * len(words), top)  # so that names do not overlap
-            top = low + 0.08 * len(words)
-            axes.text(1.02, low, "\n".join(words), color=colour, transform=axes.transAxes)
+            # Each name is below the one before, and none reaches into the title.
+            limit = min(height + 0.04 * len(words), limit) - 0.08 * len(words)
+            axes.text(1.02, limit, "\n".join(words), color=colour, transform=axes.transAxes)
     return figure, values
 
 
