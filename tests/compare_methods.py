@@ -2,6 +2,7 @@
 
     python tests/compare_methods.py                          all methods on CIFAR-10, seeds 0 to 2
     python tests/compare_methods.py --group equal-time       four of them, as many epochs as fit
+    python tests/compare_methods.py --group full-size        all, ResNet-18 on all images: a GPU
     python tests/compare_methods.py --group collapse overfitting     what goes wrong, and remedies
     python tests/compare_methods.py --markdown               the tables of all lines, and no runs
 
@@ -40,6 +41,7 @@ GROUPS = {  # options of the group; its methods: script, and options of its own
         "Fast TRADES": ("trades", "--steps 1 --init uniform --epochs 16"),
         "Backward Smoothing": ("backward_smoothing", "--epochs 15"),
         "Fast-BAT": ("fast_bat", "--epochs 6")}),
+    "full-size": ("--arch resnet18 --eps 8 --epochs 30 --lr-schedule cyclic --lr 0.2", ALL),
     "collapse": (f"{SMALL} --eps 16 --lr 0.2 --epochs 15", {
         "FGSM": ("fast_at", "--init zero"),
         **{name: ALL[name] for name in ("Fast AT", "N-FGSM", "Backward Smoothing", "Fast TRADES",
