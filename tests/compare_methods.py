@@ -42,7 +42,7 @@ GROUPS = {  # options of the group; its methods: script, and options of its own
         "Backward Smoothing": ("backward_smoothing", "--epochs 15"),
         "Fast-BAT": ("fast_bat", "--epochs 6")}),
     "full-size": ("--arch resnet18 --eps 8 --epochs 30 --lr-schedule cyclic --lr 0.2", ALL),
-    "collapse": (f"{SMALL} --eps 16 --lr 0.2 --epochs 15", {
+    "collapse": (f"{SMALL} --eps 16 --lr 0.2 --epochs 15 --keep-epochs", {
         "FGSM": ("fast_at", "--init zero"),
         **{name: ALL[name] for name in ("Fast AT", "N-FGSM", "Backward Smoothing", "Fast TRADES",
                                         "Fast-BAT")},

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are for the CPU, on every machine
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 
+torch.backends.mps.is_available = lambda: False
 TINY = ["--dataset", "shapes", "--epochs", "2", "--train-size", "64", "--val-size", "10",
-        "--test-size", "20", "--batch-size", "16", "--precision", "fp32"]
+        "--test-size", "20", "--batch-size", "16", "--precision", "fp32", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -59,13 +62,10 @@ def data_options(dataset="shapes", data_dir="", val_size=1, **more):
 
 
 def command(script, *options, cwd, **kwargs):
-    """Starts a script in a process of its own, in the folder `cwd`. It listens to Ctrl-C even where
-    the tests themselves do not, as in the background of a shell."""
+    """Starts a script in a process of its own, in the folder `cwd`."""
     return subprocess.Popen([sys.executable, ROOT / script, *map(str, options)], cwd=cwd, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-                            **kwargs)
+                            env=os.environ | {"PYTHONUNBUFFERED": "1"}, **kwargs)
 
 
 @pytest.fixture

@@ -140,11 +140,6 @@ def test_the_parts_of_shapes(tmp_path):
     assert [labels[bytes(x.numpy())] for x in small.test[0]] == small.test[1].tolist()
 
 
-def test_parts_that_are_too_large_or_empty(refused, folder):
-    assert "--val-size must be below 2200" in refused("shapes", val_size=2200)
-    assert "--test-size at most 8" in refused(folder, test_size=9)
-
-
 # ----------------------------------------------------------------------- torchvision's four formats
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
 def test_cifar(tmp_path, monkeypatch, name):

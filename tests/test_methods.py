@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, method_loss
 from test_attacks import ViT
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import backward_smoothing
 import common
@@ -125,7 +126,7 @@ def test_attacks_are_projected_gradient_ascent(smooth, images, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------- fast_at
-def test_n_fgsm_is_its_formula(smooth, images, capsys):
+def test_n_fgsm_is_its_formula(smooth, images):
     """One step from noise of 2 eps, which may end outside of the eps-ball."""
     x, y = images
     x[0], x[1] = 0, 1
@@ -134,10 +135,6 @@ def test_n_fgsm_is_its_formula(smooth, images, capsys):
     expected = (noisy + 0.5 * EPS * attack_gradient(smooth, noisy, y).sign()).clamp(0, 1)
     assert torch.allclose(x_adv, expected, atol=1e-12)
     assert 2 * EPS < (x_adv - x).abs().max() <= 2.5 * EPS + 1e-12
-    for options in (["--norm", "l2"], ["--steps", 2]):
-        with pytest.raises(SystemExit, match="2"):
-            settings(fast_at, "--init", "noise", *options)
-        assert capsys.readouterr().err.startswith("error: --init noise is N-FGSM")
 
 
 @pytest.mark.parametrize("smooth", ["resnet", "vit"], indirect=True)
@@ -430,3 +427,14 @@ def test_the_learning_rate():
             ("cosine", (0, 1 / 3, 0.5, 1), (0.2, 0.15, 0.1, 0))):
         found = [common.learning_rate(args, part * args.epochs) for part in parts]
         assert found == pytest.approx(rates)
+
+
+def test_the_optimizer_gets_the_learning_rate_of_every_step(script):
+    seen, options = [], [*TINY, "--lr", "0.2", "--weight-decay", "0.01"]
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: seen.append(dict(optimizer.param_groups[0])))
+    assert script(fast_at, *options)[0] == 0
+    hook.remove()
+    args = fast_at.parse_args(options)
+    assert [group["lr"] for group in seen] == [common.learning_rate(args, i / 4) for i in range(8)]
+    assert all((group["momentum"], group["weight_decay"]) == (0.9, 0.01) for group in seen)

@@ -48,7 +48,8 @@ RUNS = {
 TESTS = {
     "Backward Smoothing, Table 2": dict(steps=100, restarts=1, alpha=2, start="zero"),
     "Backward Smoothing, Table 5": dict(attack=["lite", "square", "rays"]),
-    "Fast-BAT, Table 1": dict(attack=["pgd", "lite"], steps=50, restarts=10, start="uniform"),
+    "Fast-BAT, Table 1": dict(attack=["pgd", "lite"], steps=50, restarts=10, start="uniform",
+                             apgd_steps=100),
     "KD-SWA, Table 2": dict(attack=["pgd"], steps=20, restarts=1, alpha=15, start="uniform"),
     "KD-SWA, Table 4": dict(attack=["lite", "square", "cw"]),
 }
