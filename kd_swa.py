@@ -14,7 +14,7 @@ The weights are smoothed, too (eq. 2): from the first decay of the learning rate
 and BatchNorm statistics are recomputed by a pass over the training images. The averaged network is
 evaluated beside the trained one, and saved in swa_best.pt and swa_last.pt.
 
-    python kd_swa.py --eps 8                                Table 1: CIFAR-10
+    python kd_swa.py --eps 8                                CIFAR-10; Table 1: longer teachers
     python kd_swa.py --eps 8 --kd none --no-swa             its baseline, PGD-AT
     python kd_swa.py --eps 8 --attack trades                Table 2; --norm l2 --eps 128: L2
     python kd_swa.py --eps 8 --iswa                         Table A10
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     add("--adv-teacher", metavar="CKPT", help="robust teacher; None: train it first, by Fast AT")
     add("--std-teacher", metavar="CKPT", help="standard teacher; None: train it first")
     add("--teacher-epochs", type=common.number(int, 1), help="of the teachers that are trained "
-        "first, with a cyclic learning rate; None: 30, or --epochs if that is less")
+        "first, with a cyclic learning rate up to 0.1; None: 30, at most --epochs")
     add("--no-swa", action="store_true", help="do not average weights")
     add("--iswa", action="store_true", help="continue training from the average (Table A10)")
     add("--label-smoothing", type=share, default=0.0, help="in cross-entropy (Table 6)")

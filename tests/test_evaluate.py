@@ -493,7 +493,7 @@ def test_the_eps_curve_is_right_at_0():
 
 
 def test_the_gradients_of_a_plane_are_aligned_and_those_of_a_kink_are_not():
-    """For two classes the gradient's direction is the same everywhere or, here, changes its sign."""
+    """For two classes the gradient has one direction everywhere or, here, changes its sign."""
     model, x, y = plane(classes=2)
     assert evaluate.alignment(checkpoint_of(model, x, y))["gradient alignment"] == [
         (0, pytest.approx(1))]
@@ -606,8 +606,8 @@ def written(kind):
     }.get(kind, state)
 
 
-KINDS = {"preactresnet18": ["plain", "Sequential", "robustness", "normalize", "AveragedModel", "half",
-                            "old", "GradAlign", "Wong2020Fast"],
+KINDS = {"preactresnet18": ["plain", "Sequential", "robustness", "normalize", "AveragedModel",
+                            "half", "old", "GradAlign", "Wong2020Fast"],
          "preactresnet18-v2": ["Rice", "kuangliu", "RobustBench V2"], "resnet18": ["torchvision"],
          "wrn-16-8": ["TRADES"]}
 FOREIGN = ["--arch", "preactresnet18", "--width", 16, "--dataset", "shapes"]
