@@ -238,7 +238,7 @@ def augment(x, flip, padding=4):
         columns = torch.where(mirrored, columns.flip(1), columns)
     image = torch.arange(n, device=x.device)[:, None, None]
     x = F.pad(x, [padding] * 4)[image, :, rows[:, :, None], columns[:, None, :]]  # N x H x W x 3
-    return x.permute(0, 3, 1, 2).float() / 255
+    return x.permute(0, 3, 1, 2).contiguous(memory_format=FORMAT).float() / 255
 
 
 def read_torchvision(args):
@@ -309,13 +309,13 @@ def decode(paths, args, size=None):
         print(f"decoding {len(paths)} images of {size}x{size} pixels (see --image-size), once")
         temporary = cache.with_suffix(f".{os.getpid()}")  # as another process may decode them, too
         cache.parent.mkdir(parents=True, exist_ok=True)
-        x = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), size, size, 3))
+        head = dict(descr="|u1", fortran_order=False, shape=(len(paths), size, size, 3))
         try:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with open(temporary, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+                np.lib.format.write_array_header_1_0(file, head)
                 for i in progress(range(0, len(paths), 256), "decoding images, batch"):
-                    x[i:i + 256] = [*pool.map(lambda p: open_image(p, size), paths[i:i + 256])]
-            del x  # as Windows renames no file that is open
-            os.replace(temporary, cache)
+                    file.write(np.stack([*pool.map(open_image, paths[i:i + 256], [size] * 256)]))
+            cache.exists() or os.replace(temporary, cache)  # Windows replaces no file in use
         finally:
             temporary.unlink(missing_ok=True)
     return torch.from_numpy(np.load(cache, mmap_mode="c")).permute(0, 3, 1, 2)
@@ -373,6 +373,8 @@ def draw_shapes(n, seed, size=32):
 
 
 # ------------------------------------------------------------------------------------------- models
+# The fastest memory format, but on MPS it breaks BatchNorm's gradients (PyTorch issue 175189).
+FORMAT = torch.contiguous_format if torch.backends.mps.is_available() else torch.channels_last
 ACTIVATIONS = {"relu": functools.partial(nn.ReLU, inplace=True), "softplus": nn.Softplus,
                "softplus10": functools.partial(nn.Softplus, beta=10), "swish": nn.SiLU}
 ARCHS = {
@@ -464,12 +466,12 @@ class Classifier(nn.Sequential):
             self.add_module(name, layer)
         self.register_buffer("mean", torch.zeros(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.ones(3, 1, 1), persistent=False)
-        self.dtype, self.compiled = torch.float32, False
-        self.to(memory_format=torch.channels_last)  # the fastest, on GPUs and on CPUs
+        self.dtype, self.compiled = None, False  # None: fp32
+        self.to(memory_format=FORMAT)
 
     def forward(self, x):
-        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype.itemsize == 2):
+        x = ((x - self.mean) / self.std).contiguous(memory_format=FORMAT)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None):
             return super().forward(x).to(x.dtype)
 
 
@@ -488,7 +490,7 @@ def prepare_model(args, data):
             fail(f"{args.init_from} holds another network than these options: {old.options}")
         for layer, trained in layers:  # for other classes the last one stays new
             layer.load_state_dict(trained.state_dict())
-    model.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[args.precision]
+    model.dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(args.precision)
     if args.compile:
         model.compiled = True
         model.compile()
@@ -572,7 +574,7 @@ def exact(model):
             for value in vars(module).values() if torch.is_tensor(value)}
     model = copy.deepcopy(model, memo).eval().requires_grad_(False)
     for network in [module for module in model.modules() if isinstance(module, Classifier)]:
-        network.dtype, network.compiled = torch.float32, False
+        network.dtype, network.compiled = None, False
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield model
 
@@ -689,8 +691,6 @@ class Run:
         if args.resume and (self.folder / "last.pt").exists():
             last = load(self.folder / "last.pt", args.device)
             self.epoch, self.rows, self.saved = (last[key] for key in ("epoch", "rows", "state"))
-            if last["args"]["epochs"] != args.epochs:
-                print(f"the learning rate goes on as in a run of {args.epochs} epochs")
             if last["classes"] != data.classes or args.epochs < self.epoch:
                 fail(f"{self.folder} was started with other classes, or has had more epochs")
         for part in dict(model=model, optimizer=optimizer, scaler=scaler).items():

@@ -4,13 +4,13 @@
     python evaluate.py runs/a/best.pt runs/b/best.pt --attack none --plots
     python evaluate.py weights.pth --arch resnet18 --dataset cifar10     a state dict from elsewhere
 
-All is computed in fp32. An attack only gets the images that are classified correctly without it, a
-restart those that are left. Accuracies under attack are upper bounds. eps, step sizes and distances
-are in units of 1/255. Runs that differ only in the seed are also averaged in an additional row.
+All is in fp32. Attacks only get images that are classified correctly, restarts those that are left.
+eps, step sizes and distances are in units of 1/255. Runs that differ only in the seed are averaged.
 """
 
 import copy
 import functools
+import glob
 import itertools
 import json
 import math
@@ -73,6 +73,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.mean) != bool(args.std) or args.mean and max(args.mean + args.std) > 1.5:
         parser.error("--mean and --std go together, for images in [0, 1]: else divide by 255")
+    args.checkpoints = [p for c in args.checkpoints for p in sorted(glob.glob(c)) or [c]]  # Windows
     args.attack += ["pgd", "lite", "square"] if args.checklist else []
     args.restarts = 1 if args.start == "zero" else args.restarts
     args.plots = list(PLOTS) if args.plots == [] else args.plots or []
@@ -86,7 +87,7 @@ class Checkpoint:
     """A network, and the test images x uint8 N x 3 x H x W and labels y that it is evaluated on."""
 
     def __init__(self, path, args):
-        content = common.load(path, args.device)
+        content = common.load(path)
         self.ours = isinstance(content, dict) and "options" in content
         content = content if self.ours else convert_foreign(content, path, args)
         self.path, self.args, self.trained = path, args, content["args"]
@@ -546,12 +547,12 @@ def landscape(axes, checkpoint, i):
 def outputs(axes, checkpoint, i):
     """KD-SWA's Figure 5: logits of three classes, clean and under PGD-20, in the plane in which the
     clean ones vary most."""
-    _, y, _, clean, moved = checkpoint.attacked(20)
+    _, y, _, clean, moved = (part.cpu() for part in checkpoint.attacked(20))
     _, spread, directions = torch.linalg.svd(clean - clean.mean(0), full_matrices=False)
     for colour, c in zip(COLOURS, y.unique()[:3].tolist()):
         for logits, marker, word in ((clean, "o", ""), (moved, "*", ", attacked")):
             points = (logits[y == c] - clean.mean(0)) @ directions[:2].T
-            axes.scatter(*points.T.cpu(), marker=marker, s=45, color=colour, alpha=0.6,
+            axes.scatter(*points.T, marker=marker, s=45, color=colour, alpha=0.6,
                          label=checkpoint.classes[c] + word)
     axes.set(xlabel="first principal axis", ylabel="second")
     axes.legend(fontsize=10)
@@ -640,7 +641,6 @@ def main(args):
     few = [checkpoint.choose(args.n_plot) for checkpoint in checkpoints]
     for name in args.plots:
         torch.manual_seed(args.seed)
-        save()
         try:
             figure, values = PLOTS[name](few)
             if common.RANK == 0:

@@ -157,7 +157,7 @@ def train(args):
     run = common.Run(args, data, model, optimizer, scaler)
     # --- method ---
     averaged = run.keep("averaged", AveragedModel(model))  # mean so far, and its count
-    averaged.module.dtype = torch.float32  # the precision in which it is evaluated
+    averaged.module.dtype = None  # it is evaluated in fp32
     if averaged.n_averaged > 0:
         run.models["swa_"] = averaged.module
     teachers = find_teachers(args, data, run, model)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are for the CPU, on every machine
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # the tests are for the CPU, on every machine
 
 import numpy as np
 import pytest

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import pickle
 import re
 import statistics
@@ -55,10 +56,7 @@ def some_network(seed=0, classes=10, arch="resnet10"):
     for _ in range(3):
         model(torch.rand(16, 3, 32, 32) * torch.rand(16, 3, 1, 1))
     with torch.no_grad():
-        logits = model.eval()(common.draw_shapes(400, 2)[0] / 255)
-        for part in (model.linear.weight.T, model.linear.bias):
-            part /= logits.std(0)
-        model.linear.bias -= (logits / logits.std(0)).mean(0)
+        model.linear.bias -= model.eval()(common.draw_shapes(400, 2)[0] / 255).mean(0)
     return model
 
 
@@ -117,13 +115,14 @@ def checkpoint_of(model, x, y, *options, norm="linf", eps=EPS):
 
 def test_the_defaults_and_the_result(run, ours, tmp_path):
     """The columns, one unit for every eps, and the accuracy of each class."""
-    out, result = run(ours, "--eps", 4, "--apgd-steps", 2, "--n-examples", 20, "--steps", 2,
+    out, result = run("r?n/*.pt", "--eps", 4, "--apgd-steps", 2, "--n-examples", 20, "--steps", 2,
                       "--restarts", 1, "--alpha", 1)
     row, = result["rows"]
     assert list(row) == ["checkpoint", "dataset", "arch", "normalisation", "n", "eps", "norm",
                          "clean %", "PGD-2-1 %", "AA-lite %", "worst case %", "zero gradients %",
                          "seconds"]
     assert row["worst case %"] <= min(row["PGD-2-1 %"], row["AA-lite %"]) <= row["clean %"] <= 100
+    assert row["checkpoint"] == f"run{os.sep}best.pt"  # the pattern is not left to the shell
     assert row["n"] == 20 and row["normalisation"] == "of the run" and row["arch"] == "resnet10"
     assert row["eps"] == result["args"]["eps"] == pytest.approx(4)
     assert result["args"]["alpha"] == pytest.approx(1)
@@ -492,15 +491,9 @@ def test_the_eps_curve_is_right_at_0():
         assert radii[0] == 0 and shares[0] == 80 and list(shares) == sorted(shares)[::-1]
 
 
-def test_the_gradients_of_a_plane_are_aligned_and_those_of_a_kink_are_not():
-    """For two classes the gradient has one direction everywhere or, here, changes its sign."""
-    model, x, y = plane(classes=2)
-    assert evaluate.alignment(checkpoint_of(model, x, y))["gradient alignment"] == [
+def test_the_gradients_of_two_classes_on_a_plane_are_aligned():
+    assert evaluate.alignment(checkpoint_of(*plane(classes=2)))["gradient alignment"] == [
         (0, pytest.approx(1))]
-    model.forward = lambda x: ((x - 0.5).abs().flatten(1) @ model.weight.T)
-    (_, found), = evaluate.alignment(checkpoint_of(model, x * 0 + 128, y, eps=0.25))[
-        "gradient alignment"]
-    assert found == pytest.approx(0, abs=0.15)
 
 
 def test_fooled_counts_images_that_were_right():

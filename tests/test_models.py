@@ -155,6 +155,17 @@ def test_normalisation_is_inside_and_that_of_the_training_images():
     assert torch.allclose(model(images), plain(((images - mean) / std).float()), atol=1e-5)
 
 
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+def test_the_memory_format_is_the_same_in_the_whole_network(monkeypatch, format):
+    monkeypatch.setattr(common, "FORMAT", format)
+    model, seen = common.Classifier("resnet10", 10, 16), []
+    for layer in model.modules():
+        layer.register_forward_hook(lambda layer, inputs, output: seen.extend([*inputs, output]))
+    model(common.augment((torch.rand(2, 3, 32, 32) * 255).byte(), flip=True))
+    assert all(x.is_contiguous(memory_format=format) for x in (*seen[1:], *model.parameters())
+               if x.dim() == 4)
+
+
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential, nn.DataParallel])
 def test_precision_is_the_models_own_business_and_never_that_of_results(model, batch, wrap):
     """Logits are always fp32, and `exact` computes in fp32, on a copy in eval mode."""
