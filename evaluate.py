@@ -1,11 +1,10 @@
 """Evaluates checkpoints: accuracy under attack, signs of gradient masking, and plots.
 
     python evaluate.py runs/*/best.pt                              clean, PGD-50-10, AutoAttack-lite
-    python evaluate.py runs/a/best.pt runs/b/best.pt --attack none --plots
     python evaluate.py weights.pth --arch resnet18 --dataset cifar10     a state dict from elsewhere
 
-All is in fp32. Attacks only get images that are classified correctly, restarts those that are left.
-eps, step sizes and distances are in units of 1/255. Runs that differ only in the seed are averaged.
+All is in fp32; attacks only get images that are classified correctly. eps, steps and distances are
+in units of 1/255. Runs that differ only in the seed are also averaged in an additional row.
 """
 
 import copy
@@ -29,7 +28,6 @@ import torch.nn.functional as F
 import common
 from attacks import autoattack_lite, cw_l2, largest_eigenvalue, margin, rays, square
 from backward_smoothing import backward_smoothing
-from common import random_start
 from fast_at import misalignment
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
@@ -73,7 +71,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.mean) != bool(args.std) or args.mean and max(args.mean + args.std) > 1.5:
         parser.error("--mean and --std go together, for images in [0, 1]: else divide by 255")
-    args.checkpoints = [p for c in args.checkpoints for p in sorted(glob.glob(c)) or [c]]  # Windows
+    args.checkpoints = [path for name in args.checkpoints for path in (  # Windows leaves patterns
+        [name] * os.path.exists(name) or sorted(glob.glob(name)) or [name])]
     args.attack += ["pgd", "lite", "square"] if args.checklist else []
     args.restarts = 1 if args.start == "zero" else args.restarts
     args.plots = list(PLOTS) if args.plots == [] else args.plots or []
@@ -480,7 +479,7 @@ def curvature(checkpoint):
     found, eps, norm = {"clean": [], "random": [], "smoothed": []}, checkpoint.eps, checkpoint.norm
     for model, _, x, y in checkpoint.batches():
         smoothed = backward_smoothing(model, x, eps, eps, alone=True, norm=norm)
-        for part, point in zip(found.values(), (x, random_start(x, eps, norm), smoothed)):
+        for part, point in zip(found.values(), (x, common.random_start(x, eps, norm), smoothed)):
             part.append(largest_eigenvalue(model, point, y))
     return {f"largest eigenvalue, {name}": [(checkpoint.epoch, torch.cat(part).mean().item())]
             for name, part in found.items()}
@@ -641,6 +640,7 @@ def main(args):
     few = [checkpoint.choose(args.n_plot) for checkpoint in checkpoints]
     for name in args.plots:
         torch.manual_seed(args.seed)
+        save()
         try:
             figure, values = PLOTS[name](few)
             if common.RANK == 0:

@@ -14,7 +14,7 @@ The weights are smoothed, too (eq. 2): from the first decay of the learning rate
 and BatchNorm statistics are recomputed by a pass over the training images. The averaged network is
 evaluated beside the trained one, and saved in swa_best.pt and swa_last.pt.
 
-    python kd_swa.py --eps 8                                CIFAR-10; Table 1: longer teachers
+    python kd_swa.py --eps 8                                CIFAR-10; its tables: docs/papers.md
     python kd_swa.py --eps 8 --kd none --no-swa             its baseline, PGD-AT
     python kd_swa.py --eps 8 --attack trades                Table 2; --norm l2 --eps 128: L2
     python kd_swa.py --eps 8 --iswa                         Table A10

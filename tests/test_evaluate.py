@@ -195,6 +195,7 @@ def test_the_restarts_of_pgd_have_noise_of_their_own():
     (["--mean", 125.3, 123, 113.9, "--std", 63, 62, 66], "divide by 255"),
     (["--mean", 0.5, 0.5, 0.5], "--mean and --std go together"),
     (["--restarts", 0], "--restarts"), (["--n-examples", -5], "--n-examples"),
+    (["--eps", 0.031], "did you mean 7.905"), (["--dataset", "cifra10"], "cifar10"),
     (["--surrogate", "missing.pt"], "missing.pt"), (["--out", "run"], "run holds result.json")])
 def test_mistakes_get_one_line(run, ours, tmp_path, options, message):
     (tmp_path / "run/result.json").write_text("{}")

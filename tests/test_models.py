@@ -158,12 +158,13 @@ def test_normalisation_is_inside_and_that_of_the_training_images():
 @pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
 def test_the_memory_format_is_the_same_in_the_whole_network(monkeypatch, format):
     monkeypatch.setattr(common, "FORMAT", format)
-    model, seen = common.Classifier("resnet10", 10, 16), []
-    for layer in model.modules():
+    model, x = common.Classifier("resnet10", 10, 16), torch.rand(2, 3, 32, 32)
+    seen = [common.augment((x * 255).byte(), flip=True), *model.parameters()]
+    for layer in [*model.modules()][1:]:
         layer.register_forward_hook(lambda layer, inputs, output: seen.extend([*inputs, output]))
-    model(common.augment((torch.rand(2, 3, 32, 32) * 255).byte(), flip=True))
-    assert all(x.is_contiguous(memory_format=format) for x in (*seen[1:], *model.parameters())
-               if x.dim() == 4)
+    for other in (torch.channels_last, torch.contiguous_format):
+        model(x.contiguous(memory_format=other))
+    assert all(y.is_contiguous(memory_format=format) for y in seen if y.dim() == 4)
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential, nn.DataParallel])
