@@ -7,7 +7,7 @@ robust, one standard. Both smooth the labels (eq. 1); f are the logits, s is the
                                                  + l2 KD(f(x + delta), f_standard(x + delta))
     KD(p, t) = -T^2 sum_j s(t / T)_j log s(p / T)_j, T = 2 (the factor T^2 as in the authors' code)
 
-The weights are smoothed, too (eq. 2): from the first decay of the learning rate on, once an epoch,
+The weights are smoothed, too (eq. 2), once an epoch from the first decay or half time on:
 
     theta_SWA <- (n theta_SWA + theta) / (n + 1), where n networks have been averaged so far
 
@@ -37,7 +37,8 @@ def parse_args(argv=None):
                                     milestones=[0.25, 0.75])
     share = common.number(float, 0, 1)
     add = parser.add_argument_group("options of KD-SWA").add_argument
-    add("--attack", choices=["pgd", "fgsm", "trades"], help="None: pgd, on a laptop fgsm")
+    add("--attack", choices=["pgd", "fgsm", "trades"], help="None: pgd, but fgsm on a laptop "
+        "without --steps")
     add("--steps", type=common.number(int, 1), help="attack steps; None: 10, for fgsm 1")
     add("--alpha", type=common.over_255, help="step size, in units of 1/255; None: eps/4, for fgsm "
         "7/8 eps, for l2 15/128 eps")
@@ -49,14 +50,14 @@ def parse_args(argv=None):
     add("--adv-teacher", metavar="CKPT", help="robust teacher; None: train it first, by Fast AT")
     add("--std-teacher", metavar="CKPT", help="standard teacher; None: train it first")
     add("--teacher-epochs", type=common.number(int, 1), help="of the teachers that are trained "
-        "first, with a cyclic learning rate up to 0.1; None: 30, at most --epochs")
+        "first, with a cyclic learning rate up to --lr, at most 0.1; None: 30, at most --epochs")
     add("--no-swa", action="store_true", help="do not average weights")
     add("--iswa", action="store_true", help="continue training from the average (Table A10)")
     add("--label-smoothing", type=share, default=0.0, help="in cross-entropy (Table 6)")
     add("--tf-kd", action="store_true", help="instead of the teachers, with their joint weight, a "
         "virtual one that gives 99 %% to the label, softened by T = 40 (Yuan et al. 2020; Table 6)")
     args = common.parse(parser, argv)
-    args.attack = args.attack or ("fgsm" if args.preset == "laptop" else "pgd")
+    args.attack = args.attack or ("pgd" if args.steps or args.preset == "paper" else "fgsm")
     args.steps = args.steps or (1 if args.attack == "fgsm" else 10)
     part = 15 / 128 if args.norm == "l2" else 7 / 8 if args.attack == "fgsm" else 1 / 4
     args.alpha = part * args.eps if args.alpha is None else args.alpha
@@ -77,7 +78,7 @@ def attack(model, x, y, args):
     if args.attack != "trades":
         return common.pgd_attack(model, x, y, args.eps, args.alpha, args.steps, norm=args.norm,
                                  bn=args.attack_bn)
-    with common.attacking(model, x, args.attack_bn):  # leaves BatchNorm's statistics alone
+    with common.attacking(model, x, args.attack_bn):  # leaves BatchNorm's running statistics alone
         with torch.no_grad():
             target = F.softmax(model(x), dim=1)
         x_adv = x + 0.001 * torch.randn_like(x)
@@ -105,8 +106,7 @@ def smoothed_loss(model, x, x_adv, y, teachers, args):
                               log_target=True, reduction="batchmean")
     else:
         logits = logits_adv = model(x_adv)
-    loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
-    loss = loss + args.beta * divergence
+    loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing) + args.beta * divergence
     loss = (1 - sum(weight for weight, _, _ in teachers)) * loss
     for weight, temperature, teacher in teachers:
         with torch.no_grad():
@@ -141,9 +141,9 @@ def train_teacher(args, kind, folder):
         print(f"first the {kind} teacher:")
         train(argparse.Namespace(**vars(args) | dict(
             attack="pgd", steps=1 if kind == "adv" else 0, alpha=1.25 * args.eps, kd="none",
-            no_swa=True, iswa=False, tf_kd=False, label_smoothing=0.0, attack_bn="train", lr=0.1,
-            keep_epochs=False, epochs=args.teacher_epochs, lr_schedule="cyclic",
-            out=str(folder), resume=(folder / "args.json").exists())))
+            no_swa=True, iswa=False, tf_kd=False, label_smoothing=0.0, attack_bn="train",
+            lr=min(0.1, args.lr), lr_schedule="cyclic", epochs=args.teacher_epochs,
+            keep_epochs=False, out=str(folder), resume=(folder / "args.json").exists())))
     return folder / "best.pt"
 
 

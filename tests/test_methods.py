@@ -358,13 +358,13 @@ def test_missing_teachers_are_trained_first(smooth, images, monkeypatch, tmp_pat
     """The robust one by Fast AT, the standard one without attack."""
     (x, y), runs = images, []
     monkeypatch.setattr(kd_swa, "train", runs.append)
-    args = settings(kd_swa, "--attack", "trades", "--teacher-epochs", 7, "--iswa", "--epochs", 20)
+    args = settings(kd_swa, "--attack", "trades", "--teacher-epochs", 7, "--iswa", "--lr", 0.03)
     for kind in ("adv", "std"):
         assert kd_swa.train_teacher(args, kind, tmp_path / kind) == tmp_path / kind / "best.pt"
     x_adv = seeded(kd_swa.attack, smooth, x, y, runs[0])
     assert torch.equal(x_adv, seeded(fast_at.fast_at, smooth, x, y, EPS, 1.25 * EPS))
     assert kd_swa.attack(smooth, x, y, runs[1]) is x
-    assert {(r.epochs, r.kd, r.no_swa, r.iswa) for r in runs} == {(7, "none", True, False)}
+    assert {(r.epochs, r.lr, r.no_swa, r.iswa) for r in runs} == {(7, 0.03, True, False)}
 
 
 def test_swa_averages_weights_from_the_first_decay_and_recomputes_statistics(script, monkeypatch):
@@ -408,6 +408,7 @@ def test_swa_averages_weights_from_the_first_decay_and_recomputes_statistics(scr
     (kd_swa, "", "arch=preactresnet18-v2 epochs=200 milestones=[0.25,0.75] attack_bn=train"),
     (kd_swa, "", "alpha=2 steps=10 lambda1=0.5 lambda2=0.25 temperature=2 teacher_epochs=30"),
     (kd_swa, "--attack fgsm --epochs 20", "alpha=7 steps=1 attack_bn=train teacher_epochs=20"),
+    (kd_swa, "--dataset shapes --steps 10", "attack=pgd alpha=2"),
     (kd_swa, "--attack trades", "alpha=2 steps=10 beta=6 attack_bn=eval"),
     (kd_swa, "--attack trades --attack-bn train --alpha 0", "alpha=0 attack_bn=train"),
     (kd_swa, "--norm l2 --eps 128 --kd adv --lambda1 0.8 --lambda2 0.3", "alpha=15 lambda1=0.8")])
