@@ -19,8 +19,8 @@ As in the authors' code, xi + delta stays in the ball as well.
     python backward_smoothing.py --eps 8                        CIFAR-10; Table 2: --eps 7.905
     python backward_smoothing.py --eps 8 --dataset shapes       1 to 3 minutes on 2 cores
 
-Compared with fast_at.py: the attack starts from a backward-smoothed point instead of a random one,
-ascends KL instead of cross-entropy, and the loss includes the clean images.
+Compared with fast_at.py: the attack starts from a backward-smoothed point instead of a random one
+and ascends KL instead of cross-entropy, with BatchNorm in eval mode; clean images are in the loss.
 """
 
 import torch

@@ -98,7 +98,7 @@ def training_parser(script, doc, **defaults):
     add("--batch-size", type=count, default=128, help="of all processes together")
     add("--lr", type=number(float, 1e-9), default=0.1, help="the highest learning rate")
     add("--lr-schedule", default="piecewise", choices=["piecewise", "cyclic", "cosine"],
-        help="divided by 10 at each milestone; linearly up to --lr and down; half a cosine")
+        help="divided by 10 at --milestones; linearly up to --lr and down; half a cosine")
     add("--milestones", type=share, nargs="+", default=[0.5, 0.75], help="as parts of --epochs")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="on all parameters")
     add("--val-size", type=count, default=1000, help="training images held out to choose best.pt")
@@ -127,7 +127,7 @@ def parse(parser, argv=None):
     args = parser.parse_args(words)
     for name in saved.keys() - {"dataset", "data_dir", "device", "epochs", "keep_epochs"}:
         if vars(args)[name] != saved[name]:
-            fail(f"--{name.replace('_', '-')} differs from {args.out}/args.json: leave it out")
+            fail(f"--{name.replace('_', '-')} differs from {args.out}: omit it, or change --out")
     args.device = device
     args.eps = (128 if args.norm == "l2" else 8) / 255 if args.eps is None else args.eps
     if args.precision == "auto":
@@ -281,7 +281,7 @@ def list_folder(root, data_dir=""):
     if not test:
         train.sort(key=lambda p: hashlib.sha1(p[0].relative_to(root).as_posix().encode()).digest())
         test, train = train[:-(-len(train) // 7)], train[-(-len(train) // 7):]
-        print(f"{root} has no test images: {len(test)} are set aside, always the same")
+        print(f"{root}: no test images of its classes; {len(test)} are set aside, always the same")
     return tuple(zip(*train)), tuple(zip(*test)), classes
 
 
@@ -292,7 +292,7 @@ def list_images(root):
         part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)]
     images = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
     if len(images) < len(files):
-        print(f"{root}: skipped {len(files) - len(images)} files that are not images: "
+        print(f"{root}: skipped {len(files) - len(images)} files of types that are not read: "
               f"{', '.join({p.suffix or 'none' for p in files} - {p.suffix for p in images})}")
     names = [path.relative_to(root).parts[0] for path in images]
     classes = sorted(set(names))
@@ -581,8 +581,8 @@ def exact(model):
 
 @torch.no_grad()
 def still_correct(model, x, y, *attacks, batch_size=None, label="evaluating"):
-    """Which images any classifier of images in [0, 1] gets right after the attacks(model, x, y) ->
-    x_adv, each of which sees what the earlier ones have left: bool N. x uint8 or float."""
+    """Which images the model still gets right after all attacks(model, x, y) -> x_adv, each of
+    which only gets those that withstood the earlier ones: bool N. x uint8, or float in [0, 1]."""
     size = batch_size or (128 if y.is_cpu else 500) * 32**2 // x.shape[2:].numel() or 1
     correct, scale = torch.ones_like(y), 255 if x.dtype == torch.uint8 else 1
     with exact(model) as model:
@@ -634,7 +634,7 @@ def load(path, device="cpu"):
         with torch.serialization.safe_globals([argparse.Namespace]):  # as others save options
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as e:
-        fail(f"cannot load {path}: {e if isinstance(e, OSError) else 'save a state_dict alone'}")
+        fail(f"cannot load {path}: {e if isinstance(e, OSError) else 'damaged, or no state_dict'}")
 
 
 def load_model(path, device="cpu"):

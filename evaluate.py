@@ -3,8 +3,8 @@
     python evaluate.py runs/*/best.pt                              clean, PGD-50-10, AutoAttack-lite
     python evaluate.py weights.pth --arch resnet18 --dataset cifar10     a state dict from elsewhere
 
-All is in fp32; attacks only get images that are classified correctly. eps, steps and distances are
-in units of 1/255. Runs that differ only in the seed are also averaged in an additional row.
+All is in fp32; attacks only get images that are classified correctly. eps, step sizes and distances
+are in units of 1/255. Runs that differ only in the seed are also averaged in an additional row.
 """
 
 import copy
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     add("--checklist", action="store_true", help="look for signs of gradient masking")
     add("--plots", nargs="*", choices=list(PLOTS), metavar="NAME", help="all or some: %(choices)s")
     add("--markdown", action="store_true", help="print the table as Markdown")
-    add("--save-images", type=count, metavar="N", help="save N images, clean and under a PGD")
+    add("--save-images", type=count, metavar="N", help="save N images, clean and under PGD")
     add("--steps", type=count, default=50, help="of PGD")
     add("--restarts", type=count, default=10, help="of PGD")
     add("--alpha", type=common.over_255, help="step size of PGD, in units of 1/255; None: eps/4")

@@ -66,8 +66,8 @@ def fast_at(model, x, y, eps, alpha, steps=1, init="uniform", norm="linf", bn="t
     with common.attacking(model, x, bn):  # leaves BatchNorm's running statistics alone
         for _ in range(steps):
             x_adv = x_adv.detach().requires_grad_()
-            loss = F.cross_entropy(model(x_adv), y, reduction="sum")  # a mean underflows in fp16
-            gradient, = torch.autograd.grad(loss, x_adv)
+            loss = F.cross_entropy(model(x_adv), y, reduction="sum")
+            gradient, = torch.autograd.grad(loss, x_adv)  # that of a mean underflows in fp16
             x_adv = common.step(x_adv, gradient, x, eps, alpha, norm)
     return x_adv
 
@@ -100,8 +100,8 @@ def misalignment(model, x, y, eps, norm="linf", bn="train"):
 
 
 def has_collapsed(model, data, run):
-    """Is PGD-10 accuracy on 128 held-out images 10 points below that of the best epoch (or half of
-    it, if that is little)?"""
+    """Is PGD-10 accuracy on 128 held-out images over 10 points below that of the best epoch or,
+    where that is under 20 %, below half of it?"""
     x, y = (part[:128] for part in data.val)
     best = max((row["val_pgd"] for row in run.rows), default=0)
     _, now = common.accuracy(model, x, y, run.args.eps, 10, run.args.norm)

@@ -11,8 +11,8 @@ l_atk = -CE and l_tr = CE:
 So delta* depends on theta, and the chain rule adds a term that Fast AT ignores. Where (8) is
 strictly inside its bounds, d delta*/d theta = (1/lmbda) grad_theta grad_delta CE(theta, z); on a
 bound it is 0; the 0/1 mask H_C says which. The paper's (11) takes this derivative at delta* instead
-of z. We follow (8), whose derivative it is, and the authors' code. (11) has l_atk = -CE, hence its
-minus signs; they cancel. With weight alpha2, relative to alpha1, for the new term, the update is
+of z. We follow the derivative of (8) for fixed z, and the authors' code. (11) has l_atk = -CE,
+hence its minus signs; they cancel. With weight alpha2, relative to alpha1, for the new term:
 
     z     <- P(delta0 + (1/lmbda) grad_delta CE(theta, delta0)), delta0 ~ U(-eps, eps)
     delta <- P(z + (1/lmbda) grad_delta CE(theta, z))
@@ -42,8 +42,8 @@ def parse_args(argv=None):
     add("--linearization", choices=["pgd-nosign", "pgd", "uniform", "corner"],
         default="pgd-nosign", help="z: one step from a random point, along the gradient or its "
         "sign; the random point itself; or a random corner (Table A3)")
-    add("--lmbda", type=common.number(float, 1e-6), help="weight of |delta - z|^2; None: 255/5000 "
-        "up to eps 8, 255/2000 above")
+    add("--lmbda", type=common.number(float, 1e-6), help="weight of |delta - z|^2 / 2; None: "
+        "255/5000 up to eps 8, 255/2000 above")
     add("--alpha2", type=common.number(float, 0), help="weight of the implicit gradient, relative "
         "to that of the other one; None: 0.1 lmbda")
     add("--hessian-aware", action="store_true", help="keep the second derivative of l_atk")
@@ -76,7 +76,7 @@ def fast_bat(model, x, y, eps, lmbda, linearization="pgd-nosign", bn="train"):
     grad_delta CE(theta, z), which can be differentiated with respect to the weights."""
     x = x.detach()
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    with common.attacking(model, x, bn):
+    with common.attacking(model, x, bn):  # leaves BatchNorm's running statistics alone
         z = linearization_point(model, x, y, low, high, eps, lmbda, linearization).requires_grad_()
         loss = F.cross_entropy(model(z), y, reduction="sum")
         gradient, = torch.autograd.grad(loss, z, create_graph=True)

@@ -325,7 +325,7 @@ def test_class_folders_alone(tmp_path, capsys):
         for j in range(14):
             draw(tmp_path / f"numbers/{name}/{j}.png", (i, j, 9))
     data, again = (load(tmp_path / "numbers", tmp_path, seed=seed) for seed in (0, 1))
-    assert "has no test images: 6 are set aside" in capsys.readouterr().out
+    assert "no test images of its classes; 6 are set aside" in capsys.readouterr().out
     assert data.classes == ["1", "10", "train"] and torch.equal(data.test[0], again.test[0])
     colours = [{tuple(x.tolist()) for x in part[0][:, :, 5, 5]} for part in (data.train, data.test)]
     assert len(colours[0]) == 36 and len(colours[1]) == 6 and not colours[0] & colours[1]
