@@ -77,8 +77,7 @@ NETWORKS = {
     "old spectral": lambda: convolutional(first=nn.utils.spectral_norm),
     "weight norm": lambda: convolutional(nn.BatchNorm2d(8), first=weight_norm),
     "grey": lambda: convolutional(nn.BatchNorm2d(8), channels=1),
-    "vit": ViT,
-}
+    "vit": ViT}
 
 
 def network_and_images(name):

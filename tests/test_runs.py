@@ -177,8 +177,7 @@ SMOKE = [  # every option of every script, with a value that is not its default
     (kd_swa, "--attack trades --steps 2 --alpha 3 --beta 2 --kd adv --lambda1 0.4 --temperature 3 "
              "--teacher-epochs 1 --iswa --milestones 0 --lr-schedule piecewise"),
     (kd_swa, "--attack fgsm --kd std --lambda2 0.4 --teacher-epochs 1 --no-swa --norm l2"),
-    (kd_swa, "--tf-kd --label-smoothing 0.1 --steps 1 --precision bf16"),
-]
+    (kd_swa, "--tf-kd --label-smoothing 0.1 --steps 1 --precision bf16")]
 
 
 @pytest.mark.parametrize("module, options", SMOKE, ids=lambda v: getattr(v, "__name__", v))
