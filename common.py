@@ -127,7 +127,7 @@ def parse(parser, argv=None):
     args = parser.parse_args(words)
     for name in saved.keys() - {"dataset", "data_dir", "device", "epochs", "keep_epochs"}:
         if vars(args)[name] != saved[name]:
-            fail(f"--{name.replace('_', '-')} differs from {args.out}: omit it, or change --out")
+            fail(f"--{name.replace('_', '-')} differs from {args.out}: omit it, or set --out")
     args.device = device
     args.eps = (128 if args.norm == "l2" else 8) / 255 if args.eps is None else args.eps
     if args.precision == "auto":
