@@ -408,7 +408,7 @@ def test_swa_averages_weights_from_the_first_decay_and_recomputes_statistics(scr
     (kd_swa, "", "arch=preactresnet18-v2 epochs=200 milestones=[0.25,0.75] attack_bn=train"),
     (kd_swa, "", "alpha=2 steps=10 lambda1=0.5 lambda2=0.25 temperature=2 teacher_epochs=30"),
     (kd_swa, "--attack fgsm --epochs 20", "alpha=7 steps=1 attack_bn=train teacher_epochs=20"),
-    (kd_swa, "--dataset shapes --steps 10", "attack=pgd alpha=2"),
+    *((kd_swa, f"--dataset shapes --steps {n}", f"alpha={a}") for n, a in ((1, 7), (10, 2))),
     (kd_swa, "--attack trades", "alpha=2 steps=10 beta=6 attack_bn=eval"),
     (kd_swa, "--attack trades --attack-bn train --alpha 0", "alpha=0 attack_bn=train"),
     (kd_swa, "--norm l2 --eps 128 --kd adv --lambda1 0.8 --lambda2 0.3", "alpha=15 lambda1=0.8")])
