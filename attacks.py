@@ -1,6 +1,6 @@
 """What evaluate.py does to a network besides PGD, each function as its paper describes it:
 
-    autoattack_lite       Auto-PGD on two losses, the white-box half of AutoAttack    linf, l2
+    autoattack_lite       Auto-PGD on two losses: AutoAttack without FAB, Square      linf, l2
     square                random squares, without gradients                           linf, l2
     cw_l2                 Carlini & Wagner: a small perturbation that fools           l2
     rays                  the distance to the boundary, from predicted labels alone   linf
@@ -95,7 +95,7 @@ def autoattack_lite(model, x, y, eps, *, norm="linf", steps=100, generator=None)
 
 def eta(size):
     """The square that Square adds in L2: one half rises to its centre, the other falls; norm 1."""
-    ring = (1 / torch.arange(1, size + 1) ** 2).flip(0).cumsum(0).flip(0)
+    ring = (1 / torch.arange(1, size // 2 + 2) ** 2).flip(0).cumsum(0).flip(0)
     halves, columns = [], torch.arange(size)[None]
     for rows in (size // 2, size - size // 2):
         away = (torch.arange(rows)[:, None] - rows // 2).abs().maximum((columns - size // 2).abs())

@@ -662,12 +662,12 @@ def claim_folder(out, name, file):
     """Takes `out`, or the first free one of runs/NAME, runs/NAME-2, ..., by making `file` in it."""
     for i in range(1, sys.maxsize):
         folder = Path(out or f"runs/{name}" + f"-{i}" * (i > 1))
-        folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / file).touch(exist_ok=False)
             return str(folder)
         if out:
-            fail(f"{folder} holds {file}: choose another --out" + " or --resume" * ("args" in file))
+            fail(f"{folder} is taken: choose another --out" + " or --resume" * ("args" in file))
 
 
 class Run:

@@ -465,13 +465,13 @@ def line_plot(checkpoints, measure, xlabel, span=(), **options):
 
 
 def curves(checkpoint):
-    """The log of a run, up to the checkpoint."""
+    """The log of a run, up to the checkpoint. The loss is not that of an average of weights."""
     keys = {"training loss": "loss", "held-out clean %": f"{checkpoint.average}val_clean",
             "held-out PGD-10 %": f"{checkpoint.average}val_pgd"}
     if not checkpoint.log:
         raise ValueError(f"{checkpoint.path} holds no log")
     return {title: [(row["epoch"], row[key]) for row in checkpoint.log if key in row]
-            for title, key in keys.items()}
+            for title, key in keys.items() if not (checkpoint.average and key == "loss")}
 
 
 def curvature(checkpoint):
@@ -517,6 +517,7 @@ def flatness(checkpoint):
 
 def panel_plot(checkpoints, draw, n=1):
     """n panels for each checkpoint, filled by draw(axes, checkpoint, i), which returns numbers."""
+    n = min(n, len(checkpoints[0].y))
     figure, rows = new_figure(n, len(checkpoints), 5 * len(checkpoints) + 1, 4.6 * n)
     values = [{} for _ in checkpoints]
     for i, row in enumerate(rows):
@@ -544,8 +545,7 @@ def landscape(axes, checkpoint, i):
 
 
 def outputs(axes, checkpoint, i):
-    """KD-SWA's Figure 5: logits of three classes, clean and under PGD-20, in the plane in which the
-    clean ones vary most."""
+    """KD-SWA's Figure 5: logits of three classes, clean and attacked, where the clean vary most."""
     _, y, _, clean, moved = (part.cpu() for part in checkpoint.attacked(20))
     _, spread, directions = torch.linalg.svd(clean - clean.mean(0), full_matrices=False)
     for colour, c in zip(COLOURS, y.unique()[:3].tolist()):
@@ -570,14 +570,14 @@ def sheet(checkpoints):
         delta = 0.5 + (x_adv - x) / (x_adv - x).abs().amax().clamp(min=1e-9) / 2
         for line, word, images, guesses in zip(lines, ("clean", "perturbation", "attacked"),
                                                (x, delta, x_adv), (before, y, after)):
-            line[0].set_ylabel(word, fontsize=11)
+            line[0].set_ylabel(word, fontsize=13)
             for axes, image, guess, truth in zip(line, images, guesses, y):
                 axes.imshow(image.permute(1, 2, 0).cpu().numpy())
                 axes.set(xticks=[], yticks=[])
                 name = checkpoint.classes[guess][:11] if images is not delta else ""
-                axes.set_title(name, fontsize=11, color=COLOURS[int(guess != truth)])
+                axes.set_title(name, fontsize=13, color=COLOURS[int(guess != truth)])
         middle = lines[0, columns // 2]
-        middle.set_title(f"{checkpoint.name}\n{middle.get_title()}", fontsize=11)
+        middle.set_title(f"{checkpoint.name}\n\n{middle.get_title()}", fontsize=13)
         fooled = (after != y)[before == y]
         values.append({"fooled %": percent(fooled) if len(fooled) else 0.0})
     return figure, values

@@ -12,10 +12,10 @@ PGD-AT approximates the maximum by many gradient steps. Fast AT takes one, from 
     theta <- theta - lr grad_theta CE(f(x + delta), y)
 
 A single step can fail: the network learns to curve the loss so that the step misses its maximum,
-and PGD accuracy drops to 0 within an epoch (catastrophic overfitting). Three remedies:
+and PGD accuracy drops to 0 within a few epochs (catastrophic overfitting). Three remedies:
 
     N-FGSM: noise from U(-2 eps, 2 eps), a step of alpha = eps, and no projection onto the ball
-    GradAlign: add lambda (1 - cos(g(x), g(x + eta))), g = grad_x CE, eta ~ U(-eps, eps)
+    GradAlign: add lambda (1 - cos(g(x), g(P(x + eta)))), g = grad_x CE, eta ~ U(-eps, eps)
     Fast AT+: when PGD accuracy on held-out images collapses, use PGD-10 until it has recovered
 
     python fast_at.py --eps 8                                 Fast AT
@@ -82,7 +82,7 @@ def n_fgsm(model, x, y, eps, alpha, bn="train"):
 
 
 def misalignment(model, x, y, eps, norm="linf", bn="train"):
-    """GradAlign's 1 - cos(g(x), g(x + eta)), averaged over the batch. Only g(x + eta) is
+    """GradAlign's 1 - cos(g(x), g(P(x + eta))), averaged over the batch. Only the latter is
     differentiated with respect to the weights, as in the authors' code."""
     with common.attacking(model, x, bn):
         clean = x.detach().clone().requires_grad_()

@@ -37,7 +37,7 @@ def parse_args(argv=None):
                                     milestones=[0.25, 0.75])
     share = common.number(float, 0, 1)
     add = parser.add_argument_group("options of KD-SWA").add_argument
-    add("--attack", choices=["pgd", "fgsm", "trades"], help="None: pgd; on a laptop fgsm if 1 step")
+    add("--attack", choices=["pgd", "fgsm", "trades"], help="None: pgd; laptop, linf, 1 step: fgsm")
     add("--steps", type=common.number(int, 1), help="attack steps; None: 10, for fgsm 1")
     add("--alpha", type=common.over_255, help="step size, in units of 1/255; None: eps/4, for fgsm "
         "7/8 eps, for l2 15/128 eps")
@@ -56,9 +56,9 @@ def parse_args(argv=None):
     add("--tf-kd", action="store_true", help="instead of the teachers, with their joint weight, a "
         "virtual one that gives 99 %% to the label, softened by T = 40 (Yuan et al. 2020; Table 6)")
     args = common.parse(parser, argv)
-    small = args.preset == "laptop" and args.steps in (None, 1)
+    small = args.preset == "laptop" and args.norm == "linf" and args.steps in (None, 1)
     args.attack = args.attack or ("fgsm" if small else "pgd")
-    args.steps = args.steps or (1 if args.attack == "fgsm" else 10)
+    args.steps = (1 if args.attack == "fgsm" else 10) if args.steps is None else args.steps
     part = 15 / 128 if args.norm == "l2" else 7 / 8 if args.attack == "fgsm" else 1 / 4
     args.alpha = part * args.eps if args.alpha is None else args.alpha
     args.attack_bn = args.attack_bn or ("eval" if args.attack == "trades" else "train")

@@ -174,6 +174,7 @@ def test_projection_and_steps_by_hand():
             (common.project(x + 0.3, x, 0.1), (0.6, 0.6, 1, 0.1)),
             (common.project(far, x, 0.1, "l2"), (0.56, 0.42, 0.98, 0))):
         assert torch.allclose(point, image(*expected), atol=1e-6)
+    assert attacks.eta(3)[0, 1] / attacks.eta(3)[0, 0] == pytest.approx(5)  # 1 + 1/4 over 1/4
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -319,8 +319,7 @@ def test_names_of_the_test_folder(folder, tmp_path, name):
 
 
 def test_class_folders_alone(tmp_path, capsys):
-    """A seventh is set aside for the test: always the same, and in no other part. The classes are
-    in alphabetical order."""
+    """A seventh is set aside for the test, always the same. The classes are sorted."""
     for i, name in enumerate(("1", "10", "train")):
         for j in range(14):
             draw(tmp_path / f"numbers/{name}/{j}.png", (i, j, 9))

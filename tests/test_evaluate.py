@@ -196,7 +196,7 @@ def test_the_restarts_of_pgd_have_noise_of_their_own():
     (["--mean", 0.5, 0.5, 0.5], "--mean and --std go together"),
     (["--restarts", 0], "--restarts"), (["--n-examples", -5], "--n-examples"),
     (["--eps", 0.031], "did you mean 7.905"), (["--dataset", "cifra10"], "cifar10"),
-    (["--surrogate", "missing.pt"], "missing.pt"), (["--out", "run"], "run holds result.json")])
+    (["--surrogate", "missing.pt"], "missing.pt"), (["--out", "run"], "run is taken: choose")])
 def test_mistakes_get_one_line(run, ours, tmp_path, options, message):
     (tmp_path / "run/result.json").write_text("{}")
     assert message in run(ours, *options, fails=True)
@@ -268,6 +268,7 @@ def test_seeds_are_one_line_with_a_band_as_far_as_all_have_come(run, tmp_path, m
     assert (low.tolist(), high.tolist()) == ([1, 31], [3, 35]) and axes.get_ylim()[0] <= 0
     assert {text.get_text() for text in axes.texts} == {"fast_at", "b/fast_at-seed0"}
     assert [v["held-out PGD-10 %"][-1][1] for v in result["plots"]["curves"]] == [33, 34, 35, 33]
+    assert "training loss" not in evaluate.curves(argparse.Namespace(average="swa_", log=[{}]))
 
 
 def test_classes_in_another_order_are_matched_by_name(run, tmp_path):

@@ -277,6 +277,10 @@ def test_the_update_of_fast_bat_is_the_gradient_of_the_objective(smooth, images,
     expected = difference_quotient(  # x_adv moves, minus x_adv held: the small term by itself
         lambda: objective() - F.cross_entropy(model(x_adv), y), model)
     assert whole - plain == pytest.approx(expected, rel=1e-3) and abs(expected) > 1e-5
+    *_, gradient = fast_bat.fast_bat(model, x, y, EPS, lmbda, bn="eval")
+    implicit = gradient_of(gradient.sum(), model)
+    model.train()(x)  # as in training: changes BatchNorm's statistics, but not those of the graph
+    assert gradient_of(gradient.sum(), model) == implicit
 
 
 def test_the_hessian_aware_update_is_that_of_the_problem_that_is_not_linearised(smooth, images):
@@ -408,7 +412,8 @@ def test_swa_averages_weights_from_the_first_decay_and_recomputes_statistics(scr
     (kd_swa, "", "arch=preactresnet18-v2 epochs=200 milestones=[0.25,0.75] attack_bn=train"),
     (kd_swa, "", "alpha=2 steps=10 lambda1=0.5 lambda2=0.25 temperature=2 teacher_epochs=30"),
     (kd_swa, "--attack fgsm --epochs 20", "alpha=7 steps=1 attack_bn=train teacher_epochs=20"),
-    *((kd_swa, f"--dataset shapes --steps {n}", f"alpha={a}") for n, a in ((1, 7), (10, 2))),
+    *((kd_swa, f"--dataset shapes {options}", f"attack={attack}") for options, attack in (
+        ("", "fgsm"), ("--steps 1", "fgsm"), ("--steps 10", "pgd"), ("--norm l2", "pgd"))),
     (kd_swa, "--attack trades", "alpha=2 steps=10 beta=6 attack_bn=eval"),
     (kd_swa, "--attack trades --attack-bn train --alpha 0", "alpha=0 attack_bn=train"),
     (kd_swa, "--norm l2 --eps 128 --kd adv --lambda1 0.8 --lambda2 0.3", "alpha=15 lambda1=0.8")])

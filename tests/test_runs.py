@@ -115,7 +115,7 @@ def test_no_run_is_overwritten_and_the_same_seed_gives_the_same_weights(script, 
         claim = functools.partial(common.claim_folder, None, f"{name[5:]}0")
         assert set(pool.map(claim, ["args.json"] * 8)) == {f"{name}0-{i}" for i in range(3, 11)}
     outcome = script(fast_at, *TINY, "--out", f"{name}0")
-    one_line(outcome, "holds args.json: choose another --out.*--resume")
+    one_line(outcome, "is taken: choose another --out.*--resume")
     assert equal(weights(tmp_path / f"{name}0/last.pt"), found[0])
 
 
@@ -124,8 +124,7 @@ def test_no_run_is_overwritten_and_the_same_seed_gives_the_same_weights(script, 
     (1, [(90, 60), (90, 30)], 60, 1, "catastrophic overfitting"),
     (1, [(90, 50), (90, 60)], 11, None, "best.pt is hardly better than chance"),
     (0, [(50, 2), (60, 1)], 60, 2, None)])  # no epoch of standard training is robust
-def test_choice_of_best_on_held_out_images_and_warnings(monkeypatch, script, tmp_path, steps,
-                                                        held_out, test, best, warning):
+def test_best_pt_and_warnings(monkeypatch, script, tmp_path, steps, held_out, test, best, warning):
     results = iter([*held_out, (test, 10), (test, 10)])
     monkeypatch.setattr(common, "accuracy", lambda *args, **kwargs: next(results))
     out = script(fast_at, *TINY, "--val-size", 100, "--out", "run", "--steps", steps)[1]
@@ -336,12 +335,12 @@ def test_kd_swa_saves_and_evaluates_the_plain_and_the_averaged_network(script, t
     rows = list(csv.DictReader((tmp_path / "run/log.csv").open()))
     found = [float(row["swa_val_pgd"]) for row in rows if row.get("swa_val_pgd")]
     assert len(found) == 2 and not rows[0].get("swa_val_pgd")  # from half-way on
-    assert result["swa_last"]["val_pgd"] == found[-1]
-    assert result["swa_best"]["val_pgd"] == max(found)
+    assert [result[f"swa_{k}"]["val_pgd"] for k in ("last", "best")] == [found[-1], max(found)]
     assert re.search(r"^swa_best +\d", out, re.M) and out.count("first the") == 2
     mean = weights(tmp_path / "run/swa_last.pt")
 
-    # Its teachers can be used again, and were trained as they should be.
+    # Its teachers can be used again, and were trained as they should be, also if resumed.
+    assert script(kd_swa, *"--resume --out run/std-teacher --epochs 1".split())[0] == 0
     about = [json.loads((tmp_path / f"run/{kind}-teacher/args.json").read_text())["args"]
              for kind in ("adv", "std")]
     assert [a["steps"] for a in about] == [1, 0] and [a["epochs"] for a in about] == [1, 1]
@@ -405,9 +404,8 @@ def test_a_run_goes_on_with_more_epochs_and_with_the_data_at_another_path(script
     for part in ("train", "test"):
         (tmp_path / "moved" / part / "cat").rename(tmp_path / "moved" / part / "mouse")
     common.list_folder.cache_clear()
-    one_line(script(fast_at, *"--resume --out run --dataset moved --epochs 1".split()), "more ep")
-    one_line(script(fast_at, *"--resume --out run --dataset moved --epochs 3".split()),
-             "other classes")
+    for n, why in ((1, "more epochs"), (3, "other classes")):
+        one_line(script(fast_at, *f"--resume --out run --dataset moved --epochs {n}".split()), why)
 
 
 def test_killed_at_any_moment_a_run_resumes_to_the_same_weights(script, tmp_path):
@@ -531,8 +529,7 @@ def test_bad_options_get_one_line_and_status_2(script, tmp_path, module, options
     assert not (tmp_path / "runs").exists()  # nothing is left behind
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script, tmp_path,
-                                                                          monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run(script, tmp_path, monkeypatch):
     genuine, calls = fast_at.fast_at, []
 
     def attack(*args):
