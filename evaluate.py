@@ -438,22 +438,23 @@ def line_plot(checkpoints, measure, xlabel, span=(), **options):
     """A panel for each key of measure(checkpoint): title -> list of (x, y). Several y at one x, of
     several seeds, make a band around their mean. The vertical axes include `span`."""
     values, panels = [measure(checkpoint) for checkpoint in checkpoints], {}
-    for checkpoint, numbers in zip(checkpoints, values):
-        name = checkpoint.run if xlabel == "epoch" else checkpoint.name
+    names = [checkpoint.run if xlabel == "epoch" else checkpoint.name for checkpoint in checkpoints]
+    colours = dict(zip(dict.fromkeys(names), itertools.cycle(COLOURS)))  # the same in all panels
+    for name, numbers in zip(names, values):
         for title, points in numbers.items():
             panels.setdefault(title, {}).setdefault(name, []).extend(points)
     figure, (row,) = new_figure(1, len(panels), 4.5 * len(panels) + 3, 5)
     for axes, (title, lines) in zip(row, panels.items()):
         axes.set(title=textwrap.fill(title, 20), xlabel=xlabel, **options)
         ends, limit = [], 1
-        for colour, (name, points) in zip(itertools.cycle(COLOURS), lines.items()):
+        for name, points in lines.items():
             xs = sorted({x for x, _ in points})
             seeds = [[y for other, y in points if other == x] for x in xs]
             ys, low, high = (list(map(f, seeds)) for f in (statistics.mean, min, max))
-            axes.plot(xs, ys, "o-" if len(xs) < 50 else "-", color=colour)
-            axes.fill_between(xs, low, high, color=colour, alpha=0.2)
+            axes.plot(xs, ys, "o-" if len(xs) < 50 else "-", color=colours[name])
+            axes.fill_between(xs, low, high, color=colours[name], alpha=0.2)
             axes.update_datalim([(xs[0], edge) for edge in span])
-            ends.append((ys[-1], xs[-1], colour, textwrap.wrap(name, 18)))
+            ends.append((ys[-1], xs[-1], colours[name], textwrap.wrap(name, 18)))
         axes.autoscale_view()
         axes.locator_params("x", integer=True)
         for y, x, colour, words in sorted(ends, reverse=True):
@@ -500,8 +501,7 @@ def robustness(checkpoint):
 
 
 def flatness(checkpoint):
-    """KD-SWA's Figure 7: the loss under PGD-10 when the weights move in 10 random directions, by
-    certain parts of their norm."""
+    """KD-SWA's Figure 7: the loss under PGD-10, as the weights move in 10 random directions."""
     moved, losses = copy.copy(checkpoint), dict.fromkeys(range(0, 60, 10), 0)
     with common.exact(checkpoint.model) as moved.model:
         trained = torch.cat([weight.flatten() for weight in moved.model.parameters()])
