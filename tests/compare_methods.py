@@ -32,8 +32,6 @@ from evaluate import table
 SETTING = "--arch resnet10 --width 16 --test-size 1000"
 LARGE = f"{SETTING} --train-size 10000 --val-size 1000 --batch-size 128 --lr-schedule cyclic"
 SMALL = f"{SETTING} --train-size 5000 --val-size 500 --batch-size 64 --lr-schedule cyclic"
-FEW = ("--arch resnet10 --width 16 --batch-size 16 --eps 4 --lr 0.05 --lr-schedule piecewise "
-       "--epochs 200")
 ALL = {name: (module.__name__, options) for name, (module, options, _) in METHODS.items()}
 GROUPS = {  # options of the group; its methods: script, and options of its own
     "table": (f"{LARGE} --eps 8 --lr 0.2 --epochs 15", ALL),
@@ -49,11 +47,10 @@ GROUPS = {  # options of the group; its methods: script, and options of its own
         **{name: ALL[name] for name in ("Fast AT", "N-FGSM", "Backward Smoothing", "Fast TRADES",
                                         "Fast-BAT")},
         "GradAlign": ("fast_at", "--init zero --grad-align 2")}),
-    "overfitting": (f"{FEW} --train-size 300 --val-size 200 --test-size 2000 --attack fgsm", {
-        "Fast AT": ("kd_swa", "--kd none --no-swa"), "KD-SWA": ("kd_swa", "")}),
-    "overfitting-pgd": (
-        f"{FEW} --train-size 500 --val-size 300 --test-size 5000 --attack pgd --steps 3 --alpha 2",
-        {"PGD-AT": ("kd_swa", "--kd none --no-swa"), "KD-SWA": ("kd_swa", "")})}
+    "overfitting": ("--arch resnet10 --width 16 --train-size 300 --val-size 200 --test-size 2000 "
+                    "--no-flip --batch-size 16 --eps 4 --attack pgd --steps 2 --alpha 3 --lr 0.1 "
+                    "--lr-schedule piecewise --milestones 0.2 0.9 --epochs 150", {
+        "PGD-AT": ("kd_swa", "--kd none --no-swa"), "KD-SWA": ("kd_swa", "")})}
 FIELDS = dict(clean="clean %", pgd20="PGD-20 %", pgd50_10="PGD-50-10 %", aa_lite="AA-lite %")
 
 
