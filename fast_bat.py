@@ -31,7 +31,6 @@ point, and the update also accounts for how the weights move the attack.
 
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
 
 import common
 
@@ -79,9 +78,12 @@ def fast_bat(model, x, y, eps, lmbda, linearization="pgd-nosign", bn="train"):
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     with common.attacking(model, x, bn):  # leaves BatchNorm's running statistics alone
         z = linearization_point(model, x, y, low, high, eps, lmbda, linearization).requires_grad_()
-        # Copies, as the graph still needs these statistics when the training step has changed them.
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        loss = F.cross_entropy(functional_call(model, buffers, z), y, reduction="sum")
+        # With "eval": copies for the graph, as the training step changes the statistics in place.
+        for module in model.modules():
+            if getattr(module, "running_mean", None) is not None:
+                module.running_mean = module.running_mean.clone()
+                module.running_var = module.running_var.clone()
+        loss = F.cross_entropy(model(z), y, reduction="sum")
         gradient, = torch.autograd.grad(loss, z, create_graph=True)
     x_adv = (z + gradient / lmbda).detach().clamp(low, high)
     return x_adv, (low < x_adv) & (x_adv < high), gradient
